@@ -1,0 +1,63 @@
+"""Shared by the tests: the repository on the path, one thread a process, a way to run the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+WEIGHTS = os.environ.get("VIT_TINY_WEIGHTS")
+needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS does not name the pretrained weights")
+
+
+def run_script(name, *args, cwd, env=None, timeout=300):
+    """Run a script of the repository in `cwd` and return its CompletedProcess, output as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, args)],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def assert_user_error(result, *parts):
+    """The run ended as a user's mistake must: exit code 2 and one line on stderr that holds all `parts`."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1, (result.returncode, result.stdout, result.stderr)
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def default_data(tmp_path_factory):
+    """The default data, prepared once: a folder that holds data/."""
+    folder = tmp_path_factory.mktemp("default")
+    result = run_script("prepare_data.py", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(default_data, tmp_path_factory):
+    """An ImageFolder with 40 + 17 + 19 real images a class, 6 classes: a folder that holds data/."""
+    folder = tmp_path_factory.mktemp("small")
+    for split, count in (("train", 40), ("val", 17), ("test", 19)):
+        for name in (default_data / "data" / split).iterdir():
+            target = folder / "data" / split / name.name
+            target.mkdir(parents=True)
+            for image in sorted(name.iterdir())[:count]:
+                (target / image.name).write_bytes(image.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def workdir(small_data, tmp_path):
+    """A fresh folder whose data/ is the small data."""
+    (tmp_path / "data").symlink_to(small_data / "data")
+    return tmp_path
