@@ -44,7 +44,7 @@ class CNN(nn.Module):
 
 
 def make_parser():
-    return common.training_parser(__doc__.splitlines()[0], lr=5e-3, batch_size=64, weight_decay=0.05, image_size=28)
+    return common.training_parser(__doc__.splitlines()[0], lr=5e-3, batch_size=64, image_size=28)
 
 
 def make_model(config: dict) -> nn.Module:
@@ -87,7 +87,7 @@ def make_task(args, config: dict, data: common.Data, accelerator) -> common.Task
     return common.Task(
         model, optimizer, [common.Head("cnn", args.lr[0], args.schedule[0])], inputs, train.labels.to(device),
         lambda index: val_images.plain(index).contiguous(memory_format=torch.channels_last), val.labels.to(device),
-        data.classes, args.epochs, args.batch_size, seed, label_smoothing=0.1,
+        data.classes, args.epochs, args.batch_size, seed,
     )  # fmt: skip
 
 

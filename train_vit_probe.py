@@ -1,7 +1,7 @@
 """Train a linear probe: one linear layer on the features of a frozen, pretrained ViT-Tiny.
 
     python train_vit_probe.py --epochs 10
-    python train_vit_probe.py --lr 1e-4 1e-3 1e-2 --features last blocks      (all heads on one pass)
+    python train_vit_probe.py --lr 1e-4 1e-3 1e-2 --features last block3      (all heads on one pass)
 
 Reads data/{train,val}/<class>/* (made from archive.zip when missing) and the weights: --weights FILE, else the
 file that the environment variable VIT_TINY_WEIGHTS names, else timm's on the Hugging Face hub. Without any of
@@ -13,12 +13,15 @@ vit_features.safetensors is made by: python train_vit_probe.py --export-features
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -28,13 +31,15 @@ from common import UserError
 MODEL = "vit_tiny_patch16_224"
 MEAN = STD = [0.5, 0.5, 0.5]  # what the weights were trained with, as are 224 px and bicubic
 WIDTH = 192
-# A feature is a list of tokens (block counted from 0, "class" token or "mean" of the patch tokens), each
-# after the final layer norm. "last" is the plain linear probe.
+# A feature is a list of tokens of WIDTH values each: (block counted from 0, what is taken of it), after the
+# final layer norm. "class": the class token; of the patch tokens: "mean", "std", the means of the "top",
+# "middle" and "bottom" rows, and of the outer columns, "sides". "last" is the plain linear probe.
 FEATURES = {
     "last": [(11, "class")],
-    "last-mean": [(11, "class"), (11, "mean")],
-    "blocks": [(7, "class"), (7, "mean"), (9, "class"), (9, "mean"), (11, "class"), (11, "mean")],
+    "blocks": [(block, kind) for block in (7, 9, 11) for kind in ("class", "mean")],
+    "block3": [(11, "class"), *((3, kind) for kind in ("top", "middle", "bottom", "sides", "std"))],
 }
+DEFAULT_FEATURES = "block3"
 TOKENS = sorted({token for tokens in FEATURES.values() for token in tokens})
 BUNDLED = common.HERE / "vit_features.safetensors"
 CACHE = Path("features")
@@ -44,21 +49,27 @@ PART = 512  # images a cache file
 class Heads(nn.Module):
     """Linear heads side by side on standardised features.
 
-    Input [B, len(TOKENS) * WIDTH], output float32 logits [H, B, classes]. `choices` names each head's entry
-    in FEATURES. `mean` and `std` are those of the training images, so each head is one affine map.
+    Input [B, len(tokens) * WIDTH], output float32 logits [H, B, classes]. `choices` names each head's entry
+    in FEATURES, `tokens` says what the input is made of. `mean` and `std` are those of the training images,
+    so each head is one affine map. Raises UserError for a choice that needs other tokens.
     """
 
-    def __init__(self, choices: list[str], classes: int):
+    def __init__(self, choices: list[str], classes: int, tokens: list = TOKENS):
         super().__init__()
-        self.choices = choices
+        for choice in choices:
+            if not set(FEATURES[choice]) <= set(tokens):
+                raise UserError(f"--features {choice}: not among the recorded features: give --weights FILE")
+        self.choices, self.tokens = choices, tokens
         self.heads = nn.ModuleList(nn.Linear(WIDTH * len(FEATURES[choice]), classes) for choice in choices)
-        self.register_buffer("mean", torch.zeros(WIDTH * len(TOKENS)))
-        self.register_buffer("std", torch.ones(WIDTH * len(TOKENS)))
+        self.register_buffer("mean", torch.zeros(WIDTH * len(tokens)))
+        self.register_buffer("std", torch.ones(WIDTH * len(tokens)))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            tokens = dict(zip(TOKENS, ((x.float() - self.mean) / self.std).split(WIDTH, dim=1)))
-            inputs = {c: torch.cat([tokens[token] for token in FEATURES[c]], 1) for c in set(self.choices)}
+            parts = dict(zip(self.tokens, ((x.float() - self.mean) / self.std).split(WIDTH, dim=1)))
+            inputs = {c: torch.cat([parts[token] for token in FEATURES[c]], 1) for c in set(self.choices)}
+            # A step moves the logits by about lr * length: so scaled, one rate suits short and long features.
+            inputs = {c: value / len(FEATURES[c]) ** 0.5 for c, value in inputs.items()}
             return torch.stack([head(inputs[c]) for c, head in zip(self.choices, self.heads)])
 
 
@@ -71,6 +82,7 @@ class Backbone:
     image_size: int
     precision: str
     device: torch.device
+    tokens: list = dataclasses.field(default_factory=lambda: TOKENS)
 
 
 def find_weights(weights: str | None) -> Path:
@@ -145,7 +157,7 @@ def open_backbone(accelerator, weights, pretrained: bool, image_size: int, preci
         "weights": f"pretrained, features from {BUNDLED.name}",
         "sha256": meta["sha256"],
     }
-    return Backbone(identity, None, image_size, precision, device)
+    return Backbone(identity, None, image_size, precision, device, [tuple(token) for token in meta["tokens"]])
 
 
 @torch.no_grad()
@@ -157,14 +169,27 @@ def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
         out = backbone.module.forward_intermediates(
             x, indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
-    tokens = {}
+    parts = {}
     for block, (patches, prefix) in zip(blocks, out):
-        tokens[block, "class"], tokens[block, "mean"] = prefix[:, 0].float(), patches.float().mean(1)
-    return torch.cat([tokens[token] for token in TOKENS], 1)
+        patches = patches.float()
+        side = math.isqrt(patches.shape[1])
+        grid = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        rows = F.adaptive_avg_pool2d(grid, (3, 1)).flatten(2)
+        columns = F.adaptive_avg_pool2d(grid, (1, 3)).flatten(2)
+        parts |= {
+            (block, "class"): prefix[:, 0].float(),
+            (block, "mean"): patches.mean(1),
+            (block, "std"): patches.std(1),
+            (block, "top"): rows[:, :, 0],
+            (block, "middle"): rows[:, :, 1],
+            (block, "bottom"): rows[:, :, 2],
+            (block, "sides"): (columns[:, :, 0] + columns[:, :, 2]) / 2,
+        }
+    return torch.cat([parts[token] for token in TOKENS], 1)
 
 
 def extract(accelerator, backbone: Backbone, split: common.Split, view=None, crop_scale=1.0, seed=0):
-    """Features float16 [N, len(TOKENS) * WIDTH] (CPU) of a split and the seconds that computing them took.
+    """Features float16 [N, len(backbone.tokens) * WIDTH] (CPU) of a split and the seconds that computing them took.
 
     `view`: None for the plain images, else the number of an augmentation. Kept under features/ in parts, keyed
     by all they depend on; missing parts are shared by the processes, so an interrupted extraction goes on.
@@ -183,7 +208,7 @@ def extract(accelerator, backbone: Backbone, split: common.Split, view=None, cro
     }  # fmt: skip
     if view is not None:
         key |= {"crop_scale": crop_scale, "seed": seed}
-    folder = CACHE / common.hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    folder = CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     common.atomic_write(folder / "key.json", json.dumps(key, indent=2) + "\n")
     starts = range(0, len(split.labels), PART)
@@ -228,7 +253,7 @@ def recorded_features(sha: str, view) -> torch.Tensor:
     """Features of one of the default splits from vit_features.safetensors, like `extract`."""
     tensors, meta = common.load_tensors(BUNDLED)
     name = {meta["images"][name]: name for name in meta["images"]}.get(sha)
-    if name is None or view is not None or [tuple(t) for t in meta["tokens"]] != TOKENS:
+    if name is None or view is not None:
         raise UserError(
             f"{BUNDLED.name} has the features of the plain default images only, and the weights could not be "
             f"fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
@@ -237,18 +262,22 @@ def recorded_features(sha: str, view) -> torch.Tensor:
 
 
 def export_features(accelerator, backbone: Backbone, data: common.Data, file: Path) -> None:
-    """Write the features of train, val and test with 8 bits a value and a scale and offset a dimension."""
-    features = {name: extract(accelerator, backbone, split)[0].float() for name, split in data.splits.items()}
-    low, high = features["train"].amin(0), features["train"].amax(0)
+    """Write the default features of train, val and test, 8 bits a value, a scale and an offset a dimension."""
+    tokens = FEATURES[DEFAULT_FEATURES]
+    columns = torch.cat([torch.arange(WIDTH) + WIDTH * TOKENS.index(token) for token in tokens])
+    features = {}
+    for name, split in data.splits.items():
+        features[name] = extract(accelerator, backbone, split)[0][:, columns].float()
+    low, high = features["train"].aminmax(dim=0)
     scale = (high - low).clamp(min=1e-6) / 255
     offset = low + 128 * scale
     tensors = {name: ((x - offset) / scale).round().clamp(-128, 127).to(torch.int8) for name, x in features.items()}
     meta = {
         **backbone.identity, "images": {name: split.sha256() for name, split in data.splits.items()},
-        "tokens": TOKENS, "image_size": backbone.image_size, "precision": backbone.precision,
+        "tokens": tokens, "image_size": backbone.image_size, "precision": backbone.precision,
     }  # fmt: skip
     common.save_tensors(file, tensors | {"scale": scale, "offset": offset}, meta)
-    accelerator.print(f"{file}: {sum(map(len, tensors.values()))} images, {file.stat().st_size / 1e6:.1f} MB")
+    accelerator.print(f"{file}: {sum(map(len, features.values()))} images, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def default_precision(asked: str | None) -> str | None:
@@ -264,12 +293,12 @@ def default_precision(asked: str | None) -> str | None:
 def make_task(args, config: dict, data: common.Data, features: dict, accelerator) -> common.Task:
     """Heads, optimiser and features for one run; `args` holds one seed, and the values the heads differ in.
 
-    `features`: "train", a list of views [N, D], and "val" [N, D].
+    `features`: "train", a list of views [N, D]; "val" [N, D]; "tokens", what D is made of.
     """
     device, seed = accelerator.device, args.seed[0]
     heads = config["model"]["heads"]
     torch.manual_seed(common.key_seed(seed, "init"))
-    model = Heads([head["features"] for head in heads], len(data.classes))
+    model = Heads([head["features"] for head in heads], len(data.classes), features["tokens"])
     for layer in model.heads:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -311,9 +340,9 @@ def make_config(args, data: common.Data, backbone: Backbone, seconds: float, acc
 
 
 def make_parser():
-    parser = common.training_parser(__doc__.splitlines()[0], lr=3e-3, batch_size=64, weight_decay=1e-2, image_size=224)
+    parser = common.training_parser(__doc__.splitlines()[0], lr=1e-2, batch_size=32, image_size=224)
     add = parser.add_argument
-    add("--features", choices=list(FEATURES), nargs="+", default=["blocks"], help="what the linear layer sees")
+    add("--features", choices=list(FEATURES), nargs="+", default=[DEFAULT_FEATURES], help="what the linear layer sees")
     add("--views", type=common.number(int, 0, 1000), default=0,
         help="augmented views of each training image, one an epoch in turn (as many as epochs: fresh ones "
         "every epoch); 0: the plain image")  # fmt: skip
@@ -345,7 +374,9 @@ def main() -> int:
         ]
         seconds = val_seconds + sum(s for _, s in train)
         config = make_config(one, data, backbone, seconds, accelerator)
-        task = make_task(one, config, data, {"train": [x for x, _ in train], "val": val}, accelerator)
+        task = make_task(
+            one, config, data, {"train": [x for x, _ in train], "val": val, "tokens": backbone.tokens}, accelerator
+        )
         if args.sanity_check:
             return common.sanity_check(accelerator, task)
         prefix = "vit-random" if args.no_pretrained else "vit"
