@@ -73,10 +73,12 @@ def cli(main) -> None:
             errno.EPERM,
             errno.EROFS,
             errno.ENOTDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
         }:
             raise
         code, message = 2, f"{error.filename or 'writing'}: {error.strerror}: free or choose another place"
-    if message and os.environ.get("RANK", "0") == "0":
+    if message and os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -110,9 +112,20 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("its JSON is not an object")
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}): remove it or restore it") from None
+
+
+def check_tensors(path: Path, tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless `tensors`, read from `path`, have the names, shapes and types of `like`."""
+    odd = sorted(tensors.keys() ^ like.keys()) or [
+        key for key, value in like.items() if (tensors[key].shape, tensors[key].dtype) != (value.shape, value.dtype)
+    ]
+    if odd:
+        raise UserError(f"{path}: not of this model ({odd[0]}): remove its run folder to start again")
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
@@ -142,7 +155,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line, exit code 2."""
 
     def error(self, message: str):
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -153,9 +166,10 @@ def number(kind: type, low: float, high: float = math.inf):
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+            fits = low <= value <= high and math.isfinite(value)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             above = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {above}")
         return value
@@ -310,12 +324,15 @@ def read_image(path: Path) -> "np.ndarray":
     """
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is higher than ours, and a warning
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > 1000 * min(image.size):
                 raise UserError(f"{path}: {image.width} x {image.height} px is too large: scale it down")
-            if image.mode == "P":
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            if "transparency" in image.info:
+                image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+            elif image.mode == "P":
+                image = image.convert("RGB")
             if image.mode in ("LA", "RGBA"):
                 if image.getchannel("A").getextrema()[0] < 255:
                     raise UserError(f"{path}: has see-through pixels: put it on a background first")
@@ -613,16 +630,23 @@ def each_run(args: argparse.Namespace, keys: tuple[str, ...]):
         yield argparse.Namespace(**(vars(args) | {key: [value] for key, value in zip(keys, values)}))
 
 
+def short(value) -> str:
+    """A number or word for a name: as short as tells it from every other (0.005, 1e-05, 1)."""
+    return str(value).removesuffix(".0")
+
+
 def run_name(args, given, parser, model: str) -> str:
     """Folder name made of the options: the telling ones spelt out, a hash of the others not at default.
 
-    With --name the telling ones follow only where the command line (`given`) has several values.
+    With --name the telling ones follow only where the command line (`given`) has several values. Raises
+    UserError for a name that is a path.
     """
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        raise UserError(f"--name {args.name}: give a plain folder name, it is made under {RUNS_DIR}/")
     parts = [args.name or f"{model}-e{args.epochs}"]
     for letter, key in (("lr", "lr"), ("", "schedule"), ("s", "seed")):
         if not args.name or len(getattr(given, key)) > 1:
-            values = (f"{v:g}" if isinstance(v, float) else str(v) for v in getattr(args, key))
-            parts.append(letter + "+".join(values))
+            parts.append(letter + "+".join(map(short, getattr(args, key))))
     told = NEUTRAL | {"epochs", "lr", "schedule", "seed"}
     others = {k: v for k, v in vars(args).items() if k not in told and v != parser.get_default(k)}
     if others and not args.name:
@@ -638,18 +662,27 @@ def read_json(path: Path) -> dict:
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({error}): this is not a whole run folder") from None
+
+
+# What a line of metrics.jsonl holds besides the head's name.
+NUMBERS = ("epoch", "step", "lr", "seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1")
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; none when it is missing. Raises UserError when it is damaged."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            for key in NUMBERS:
+                if type(line[key]) not in (int, float) or not math.isfinite(line[key]):
+                    raise ValueError(f"{key} is not a number")
+        return lines
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}): remove its run folder to start again") from None
 
 
 def open_run(accelerator, name: str, config: dict, resume: bool) -> Path:
@@ -672,6 +705,9 @@ def open_run(accelerator, name: str, config: dict, resume: bool) -> Path:
             odd = [key for key in keys if ours[key] != theirs.get(key)]
             if odd:
                 raise UserError(f"{path}: was made with other {section} ({', '.join(odd)}): give another --name")
+        if accelerator.is_main_process:
+            for left in path.rglob(".*"):  # by writes that were killed
+                left.unlink()
     elif accelerator.is_main_process:
         RUNS_DIR.mkdir(exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=RUNS_DIR, prefix=".new-"))
@@ -732,18 +768,20 @@ class Task:
     batch_size: int
     seed: int
     label_smoothing: float = 0.1
+    subset: list[int] | None = None  # indices of the training images to use; None: all
     batches: EpochBatches = None
     loader: object = None
 
     def prepare(self, accelerator) -> "Task":
         """Hand model, optimiser and loader to Accelerate. Raises UserError for an impossible batch size."""
-        n, processes = len(self.labels), accelerator.num_processes
+        indices, processes = self.subset or range(len(self.labels)), accelerator.num_processes
+        n = len(indices)
         if self.batch_size > n:
             raise UserError(f"--batch-size {self.batch_size}: more than the {n} training images: give a smaller one")
         if self.batch_size % processes:
             raise UserError(f"--batch-size {self.batch_size}: not a multiple of the {processes} processes")
         self.batches = EpochBatches(n, self.batch_size, self.seed)
-        loader = DataLoader(range(n), batch_sampler=self.batches, collate_fn=torch.tensor)
+        loader = DataLoader(indices, batch_sampler=self.batches, collate_fn=torch.tensor)
         self.model, self.optimizer, self.loader = accelerator.prepare(self.model, self.optimizer, loader)
         return self
 
@@ -792,14 +830,14 @@ def sanity_check(accelerator, task: Task, batches: int = 4, epochs: int = 60) ->
     n = min(batches * task.batch_size, len(task.labels))
     pick = torch.randperm(len(task.labels), generator=generator(task.seed, "sanity"))[:n].to(accelerator.device)
     few = dataclasses.replace(
-        task, inputs=lambda index, epoch: task.inputs(pick[index], None), labels=task.labels[pick], epochs=epochs,
+        task, inputs=lambda index, epoch: task.inputs(index, None), subset=pick.tolist(), epochs=epochs,
         label_smoothing=0.0,
     ).prepare(accelerator)  # fmt: skip
     for epoch in tqdm(range(epochs), desc="sanity check", unit="epoch", leave=False, disable=None):
         for _ in train_steps(accelerator, few, epoch):
             pass
-    log_probs = predict(accelerator, few.model, lambda index: few.inputs(index, None), n, task.batch_size)
-    results = [scores(of_head, few.labels[torch.arange(n)].cpu()) for of_head in log_probs]
+    log_probs = predict(accelerator, few.model, lambda index: task.inputs(pick[index], None), n, task.batch_size)
+    results = [scores(of_head, task.labels[pick].cpu()) for of_head in log_probs]
     best = min(results, key=lambda result: result["loss"])
     passed = best["accuracy"] == 1 and best["loss"] < 0.05
     accelerator.print(
@@ -822,21 +860,34 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
         len(task.heads),
     )
     model = accelerator.unwrap_model(task.model)
-    state = load_checkpoint(path, model, task.optimizer, accelerator)
+    state = load_checkpoint(path, task, accelerator)
+    if len(accelerator.gather(torch.tensor([state["step"]], device=device)).unique()) > 1:
+        raise UserError(f"{path}: not the same checkpoint for all processes: copy the folder to every machine")
     first_epoch, done = divmod(state["step"], steps)
     lines = [line for line in read_metrics(path / "metrics.jsonl") if line["epoch"] <= first_epoch]
+    whole = [(epoch + 1, head.name) for epoch in range(first_epoch) for head in task.heads]
+    if [(line["epoch"], line.get("head")) for line in lines] != whole:
+        raise UserError(f"{path / 'metrics.jsonl'}: lacks epochs of the checkpoint: remove {path} to start again")
+    best_path = path / "model.safetensors"
+    best, best_scores = {k: v.clone() for k, v in model.state_dict().items()}, {}
+    if lines:
+        saved = load_tensors(best_path)[0]
+        check_tensors(best_path, saved, best)
+        best = saved
+    for line in lines:
+        score = line["val_accuracy"], -line["val_loss"]
+        best_scores[line["head"]] = max(best_scores.get(line["head"], score), score)
     if first_epoch >= task.epochs:
         accelerator.print(f"{path}: already complete")
         return report(accelerator, task, path, lines)
-    best_path = path / "model.safetensors"
-    best = load_tensors(best_path)[0] if best_path.exists() else {k: v.clone() for k, v in model.state_dict().items()}
     losses = torch.zeros(steps, n_heads, device=device)
     correct = torch.zeros(n_heads, dtype=torch.int64, device=device)
     if done:
         losses[:done], correct[:] = state["losses"].to(device), state["correct"].to(device)
-    accelerator.init_trackers(path.name, init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}})
+    purge = first_epoch * steps + 1 if first_epoch else 0  # the epoch of the checkpoint is logged again, whole
+    accelerator.init_trackers(path.name, init_kwargs={"tensorboard": {"purge_step": purge}})
     writer = accelerator.get_tracker("tensorboard", unwrap=True) if main else None
-    if main and state["step"] == 0:
+    if main and first_epoch == 0:
         log_start(writer, task, read_json(path / "config.json"))
     progress = tqdm(
         total=task.epochs * steps,
@@ -846,15 +897,19 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
         disable=None if main else True,
     )
 
+    def check_loss(loss, step, h):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{path}: the loss became {loss} at step {step} with learning rate {task.lrs(step - 1)[h]:g}: "
+                f"give a smaller --lr; the last checkpoint is kept"
+            )
+
     def checked_losses(count):
         """This epoch's first `count` losses over all processes, on the CPU: the only wait for the device."""
         over_all = accelerator.reduce(losses[:count], "mean").cpu()
         if not over_all.isfinite().all():
             i, h = (~over_all.isfinite()).nonzero()[0].tolist()
-            raise UserError(
-                f"{path}: the loss became {over_all[i, h]} at step {epoch * steps + i + 1} with learning rate "
-                f"{task.lrs(epoch * steps + i)[h]:g}: give a smaller --lr; the last checkpoint is kept"
-            )
+            check_loss(over_all[i, h].item(), epoch * steps + i + 1, h)
         return over_all
 
     try:
@@ -867,8 +922,8 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
                 if checkpoint_steps and (epoch * steps + i + 1) % checkpoint_steps == 0 and i + 1 < steps:
                     partial = {"losses": checked_losses(i + 1), "correct": accelerator.reduce(correct).cpu()}
                     seconds = time.perf_counter() - started
-                    if main:
-                        save_checkpoint(path, accelerator, task, epoch * steps + i + 1, seconds, state["best"], partial)
+                    if main and all(value.isfinite().all() for value in model.state_dict().values()):
+                        save_checkpoint(path, accelerator, task, epoch * steps + i + 1, seconds, partial)
             step = (epoch + 1) * steps
             train_losses, train_correct = checked_losses(steps), accelerator.reduce(correct).cpu()
             train_seconds = time.perf_counter() - started
@@ -877,14 +932,16 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
             new = []
             for h, head in enumerate(task.heads):
                 val = scores(log_probs[h], labels)
+                check_loss(val["loss"], step, h)
                 new.append({
                     "epoch": epoch + 1, "step": step, "head": head.name, "lr": task.lrs(step - 1)[h],
                     "train_loss": train_losses[:, h].mean().item(),
                     "train_accuracy": train_correct[h].item() / (steps * task.batch_size),
                     **{f"val_{key}": value for key, value in val.items()},
                 })  # fmt: skip
-                if [val["accuracy"], -val["loss"]] > state["best"].get(head.name, [-1.0, 0.0]):
-                    state["best"][head.name] = [val["accuracy"], -val["loss"]]
+                score = val["accuracy"], -val["loss"]
+                if head.name not in best_scores or score > best_scores[head.name]:
+                    best_scores[head.name] = score
                     best |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith(head.prefix)}
             seconds = time.perf_counter() - started
             lines += [line | {"seconds": round(seconds, 3)} for line in new]
@@ -897,9 +954,9 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
                     figure = confusion_figure({task.heads[chosen].name: matrix}, task.classes)
                     writer.add_figure("confusion/val", figure, step)
                 writer.flush()
-                save_tensors(best_path, best, {"best": state["best"]})
+                save_tensors(best_path, best, {"best": best_scores})
                 atomic_write(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-                save_checkpoint(path, accelerator, task, step, 0.0, state["best"], {})
+                save_checkpoint(path, accelerator, task, step, 0.0, {})
                 top = max(lines[-n_heads:], key=lambda line: line["val_accuracy"])
                 tqdm.write(
                     f"epoch {epoch + 1}/{task.epochs}  train loss {top['train_loss']:.4f} accuracy "
@@ -910,7 +967,9 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
             done, state["seconds"] = 0, 0.0
             correct.zero_()
     except KeyboardInterrupt:
-        again = shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume"), "--resume"])
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        launcher = launcher if accelerator.num_processes > 1 else ["python"]
+        again = shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume"), "--resume"])
         raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
     finally:
         progress.close()
@@ -920,46 +979,59 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
     report(accelerator, task, path, lines)
 
 
-def save_checkpoint(path, accelerator, task, step: int, seconds: float, best: dict, partial: dict) -> None:
-    """Write checkpoint/state.safetensors: model, optimiser, step, best scores, sums of an unfinished epoch."""
+def save_checkpoint(path, accelerator, task, step: int, seconds: float, partial: dict) -> None:
+    """Write checkpoint/state.safetensors: model, optimiser, step, seconds and sums of an unfinished epoch."""
     tensors = {f"model.{k}": v for k, v in accelerator.unwrap_model(task.model).state_dict().items()}
     for number_, state in task.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number_}.{k}": v for k, v in state.items()}
     tensors |= {f"partial.{k}": v for k, v in partial.items()}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     (path / "checkpoint").mkdir(exist_ok=True)
-    meta = {"step": step, "seconds": seconds, "best": best, "scaler": scaler}
+    meta = {"step": step, "seconds": seconds, "scaler": scaler}
     save_tensors(path / "checkpoint" / "state.safetensors", tensors, meta)
 
 
-def load_checkpoint(path, model, optimizer, accelerator) -> dict:
+def load_checkpoint(path, task: Task, accelerator) -> dict:
     """Load checkpoint/state.safetensors, if there, into model and optimiser; give the rest of what it holds.
 
     Raises UserError when it is damaged or of another model.
     """
     file = path / "checkpoint" / "state.safetensors"
     if not file.exists():
-        return {"step": 0, "seconds": 0.0, "best": {}}
+        return {"step": 0, "seconds": 0.0}
     tensors, meta = load_tensors(file)
-    try:
-        sections = {"model": {}, "optimizer": {}, "partial": {}}
-        for key, value in tensors.items():
-            section, rest = key.split(".", 1)
-            sections[section][rest] = value
-        model.load_state_dict(sections["model"])
-        state = {}
-        for key, value in sections["optimizer"].items():
-            parameter, name = key.split(".")
-            state.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if accelerator.scaler and meta["scaler"]:
+    model, steps = accelerator.unwrap_model(task.model), len(task.batches)
+    step, seconds = meta.get("step"), meta.get("seconds")
+    if type(step) is not int or not 0 < step <= steps * task.epochs:
+        raise UserError(f"{file}: damaged (step {step}): remove it to start again")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise UserError(f"{file}: damaged (seconds {seconds}): remove it to start again")
+    like = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, p in enumerate(p for group in task.optimizer.param_groups for p in group["params"]):
+        like |= {f"optimizer.{i}.step": torch.zeros(()), f"optimizer.{i}.exp_avg": p, f"optimizer.{i}.exp_avg_sq": p}
+    if step % steps:
+        like["partial.losses"] = torch.zeros(step % steps, len(task.heads))
+        like["partial.correct"] = torch.zeros(len(task.heads), dtype=torch.int64)
+    check_tensors(file, tensors, like)
+    sections = {"model": {}, "optimizer": {}, "partial": {}}
+    for key, value in tensors.items():
+        section, rest = key.split(".", 1)
+        sections[section][rest] = value
+    model.load_state_dict(sections["model"])
+    state = {}
+    for key, value in sections["optimizer"].items():
+        parameter, name = key.split(".")
+        # Laid out as its parameter (channels-last): fused optimisers walk both by address.
+        state.setdefault(int(parameter), {})[name] = torch.empty_like(like[f"optimizer.{key}"]).copy_(value)
+    task.optimizer.load_state_dict({"state": state, "param_groups": task.optimizer.state_dict()["param_groups"]})
+    if accelerator.scaler:
+        try:
             accelerator.scaler.load_state_dict(meta["scaler"])
-        if accelerator.num_processes > 1 and accelerator.process_index > 0 and "correct" in sections["partial"]:
-            sections["partial"]["correct"].zero_()  # the sum over all processes is kept by the first
-        return {"step": meta["step"], "seconds": meta["seconds"], "best": meta["best"], **sections["partial"]}
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{file}: not a checkpoint of this run ({why}): remove it to start again") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{file}: damaged (scaler: {error}): remove it to start again") from None
+    if accelerator.process_index > 0 and "correct" in sections["partial"]:
+        sections["partial"]["correct"].zero_()  # the sum over all processes is kept by the first
+    return {"step": step, "seconds": seconds, **sections["partial"]}
 
 
 def tag(task: Task, line: dict, name: str) -> str:

@@ -64,6 +64,8 @@ def make_input(config: dict, split: common.Split, device, crop_scale=1.0, seed=0
 def make_task(args, config: dict, data: common.Data, accelerator) -> common.Task:
     """Model, optimiser and data for one run; `args` holds one learning rate, schedule and seed."""
     device, seed = accelerator.device, args.seed[0]
+    if args.batch_size == accelerator.num_processes and args.image_size < 16:
+        raise common.UserError(f"--batch-size {args.batch_size}: batch normalisation needs more at this --image-size")
     torch.manual_seed(common.key_seed(seed, "init"))
     model = make_model(config).to(device, memory_format=torch.channels_last)
     weights = [p for p in model.parameters() if p.dim() > 1]
@@ -117,8 +119,9 @@ def main() -> int:
         task = make_task(one, config, data, accelerator)
         if args.sanity_check:
             return common.sanity_check(accelerator, task)
+        task.prepare(accelerator)
         path = common.open_run(accelerator, common.run_name(one, args, parser, "cnn"), config, args.resume)
-        common.fit(accelerator, task.prepare(accelerator), path, args.checkpoint_steps)
+        common.fit(accelerator, task, path, args.checkpoint_steps)
         accelerator.free_memory()
     accelerator.end_training()
     return code

@@ -116,18 +116,25 @@ def make_module(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
     """ViT-Tiny without its head, frozen and in eval mode, from a weights file or (None) random.
 
     Position embeddings are interpolated by timm where image_size is not 224. Pickled files are loaded with
-    weights_only. Raises UserError for a file that does not fit.
+    weights_only. Raises UserError for a file that does not fit: timm itself leaves what a file lacks random.
     """
     import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
 
     if image_size % 16:
         raise UserError(f"--image-size {image_size}: the ViT's patches need a multiple of 16")
     torch.manual_seed(common.key_seed(seed, "backbone"))
-    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
-    try:
-        module = timm.create_model(MODEL, pretrained=bool(file), num_classes=0, img_size=image_size, **overlay)
-    except Exception as error:  # unpickling, safetensors, shapes: a dozen kinds
-        raise UserError(f"{file}: not weights of {MODEL} ({str(error).splitlines()[0][:200]})") from None
+    module = timm.create_model(MODEL, num_classes=0, img_size=image_size)
+    if file:
+        try:
+            state = timm.models.load_state_dict(str(file))
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+            module.load_state_dict(checkpoint_filter_fn(state, module))
+            if not all(value.isfinite().all() for value in state.values()):
+                raise ValueError("values that are not finite")
+        except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{file}: not weights of {MODEL} ({why}): give --weights the right file") from None
     return module.eval().requires_grad_(False)
 
 
@@ -207,7 +214,7 @@ def extract(accelerator, backbone: Backbone, split: common.Split, view=None, cro
         "versions": [torch.__version__, timm.__version__],
     }  # fmt: skip
     if view is not None:
-        key |= {"crop_scale": crop_scale, "seed": seed}
+        key |= {"crop_scale": crop_scale, "crop_ratio": common.CROP_RATIO, "seed": seed}
     folder = CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     common.atomic_write(folder / "key.json", json.dumps(key, indent=2) + "\n")
@@ -326,7 +333,7 @@ def make_task(args, config: dict, data: common.Data, features: dict, accelerator
 def make_config(args, data: common.Data, backbone: Backbone, seconds: float, accelerator) -> dict:
     """What config.json says of one run."""
     heads = [
-        {"name": f"{features} lr {lr:g} {schedule}", "features": features, "lr": lr, "schedule": schedule}
+        {"name": f"{features} lr {common.short(lr)} {schedule}", "features": features, "lr": lr, "schedule": schedule}
         for features in dict.fromkeys(args.features)
         for schedule in dict.fromkeys(args.schedule)
         for lr in dict.fromkeys(args.lr)
@@ -381,8 +388,9 @@ def main() -> int:
             return common.sanity_check(accelerator, task)
         prefix = "vit-random" if args.no_pretrained else "vit"
         name = common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}")
+        task.prepare(accelerator)
         path = common.open_run(accelerator, name, config, args.resume)
-        common.fit(accelerator, task.prepare(accelerator), path, args.checkpoint_steps)
+        common.fit(accelerator, task, path, args.checkpoint_steps)
         accelerator.free_memory()
     accelerator.end_training()
     return 0
