@@ -228,6 +228,8 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16: needs a GPU: give bf16 or no")
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it two CPU processes do not find each other

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -167,6 +166,24 @@ def open_backbone(accelerator, weights, pretrained: bool, image_size: int, preci
     return Backbone(identity, None, image_size, precision, device, [tuple(token) for token in meta["tokens"]])
 
 
+def pool(kind: str, patches: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """What `kind` of FEATURES names, float32 [B, WIDTH], of patch tokens [B, N, WIDTH] and class token [B, 1, WIDTH].
+
+    Rows and columns are cut in three as adaptive average pooling cuts them: overlapping where 3 does not divide.
+    """
+    if kind == "class":
+        return prefix[:, 0].float()
+    patches = patches.float()
+    if kind in ("mean", "std"):
+        return patches.mean(1) if kind == "mean" else patches.std(1)
+    side = math.isqrt(patches.shape[1])
+    first, second, third = (slice(i * side // 3, -(-(i + 1) * side // 3)) for i in range(3))
+    grid = patches.unflatten(1, (side, side))
+    if kind == "sides":
+        return (grid[:, :, first].mean((1, 2)) + grid[:, :, third].mean((1, 2))) / 2
+    return grid[:, {"top": first, "middle": second, "bottom": third}[kind]].mean((1, 2))
+
+
 @torch.no_grad()
 def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
     """Features float32 [B, len(TOKENS) * WIDTH] of inputs [B, 3, S, S]: one forward pass of the backbone."""
@@ -176,23 +193,8 @@ def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
         out = backbone.module.forward_intermediates(
             x, indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
-    parts = {}
-    for block, (patches, prefix) in zip(blocks, out):
-        patches = patches.float()
-        side = math.isqrt(patches.shape[1])
-        grid = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        rows = F.adaptive_avg_pool2d(grid, (3, 1)).flatten(2)
-        columns = F.adaptive_avg_pool2d(grid, (1, 3)).flatten(2)
-        parts |= {
-            (block, "class"): prefix[:, 0].float(),
-            (block, "mean"): patches.mean(1),
-            (block, "std"): patches.std(1),
-            (block, "top"): rows[:, :, 0],
-            (block, "middle"): rows[:, :, 1],
-            (block, "bottom"): rows[:, :, 2],
-            (block, "sides"): (columns[:, :, 0] + columns[:, :, 2]) / 2,
-        }
-    return torch.cat([parts[token] for token in TOKENS], 1)
+    of_block = dict(zip(blocks, out))
+    return torch.cat([pool(kind, *of_block[block]) for block, kind in TOKENS], 1)
 
 
 def extract(accelerator, backbone: Backbone, split: common.Split, view=None, crop_scale=1.0, seed=0):
@@ -339,7 +341,12 @@ def make_config(args, data: common.Data, backbone: Backbone, seconds: float, acc
         for lr in dict.fromkeys(args.lr)
     ]
     return {
-        "model": {"name": "vit", **backbone.identity, "heads": heads},
+        "model": {
+            "name": "vit",
+            **backbone.identity,
+            "tokens": [list(token) for token in backbone.tokens],
+            "heads": heads,
+        },
         "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
         "data": data.describe(),
         "environment": common.environment(accelerator) | {"feature_seconds": round(seconds, 3)},

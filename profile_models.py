@@ -1,0 +1,698 @@
+"""Profile the training of both models: step time, memory, operators, traces; and what each trick is worth.
+
+    python profile_models.py --epochs 1 3                writes profile.md and profile/*.trace.json.gz
+    python profile_models.py --speed                     writes speed.md: this project against the usual way
+    python profile_models.py --speed pipeline tricks     only these of its tables
+
+Reads data/{train,val}/<class>/* (made from archive.zip when missing); the tables go to --out (results/), the
+traces to profile/: open them at https://ui.perfetto.dev. No weights are needed: the ViT is a random backbone
+here, as time does not depend on the values. Memory is that of fresh processes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import common
+from common import HERE, UserError, markdown_table
+
+ROWS = {
+    "cnn": "CNN",
+    "vit": "ViT-Tiny probe, backbone every step",
+    "cached": "ViT-Tiny probe, cached features",
+}
+STEP, LOAD = "python: training step", "python: load and augment"
+IMPORTS = {
+    "torch": "import torch",
+    "torchvision": "import torchvision",
+    "accelerate": "from accelerate import Accelerator",
+    "timm": "import timm",
+    "sklearn": "import sklearn.metrics",
+    "matplotlib": "import matplotlib.figure",
+    "tensorboard": "import torch.utils.tensorboard",
+}
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def now() -> float:
+    """Seconds, when the device has done all it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(repeats: int, *sides) -> list[float]:
+    """Median seconds of each of the functions `sides`, called in turn so that a busy moment hits all alike."""
+    seconds = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, of_side in zip(sides, seconds):
+            began = now()
+            side()
+            of_side.append(now() - began)
+    return [statistics.median(of_side) for of_side in seconds]
+
+
+# A process that a large one starts counts its parent's memory as its own peak: a small one goes between.
+LAUNCH = """import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(peak / 1e6, file=sys.stderr)
+sys.exit(code)"""
+
+
+def run(*argv) -> SimpleNamespace:
+    """Run Python in a process of its own: its wall `seconds`, peak resident memory `peak` (MB), `output`.
+
+    Of a process with children (loader workers) the peak is the largest one's. Raises UserError with the
+    process's last words when it ends with a user's mistake.
+    """
+    command = [sys.executable, "-c", LAUNCH, sys.executable, *map(str, argv)]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    seconds = time.perf_counter() - began
+    *words, peak = done.stderr.strip().splitlines()
+    if done.returncode == 2 and words:
+        raise UserError(words[-1].removeprefix("-c: "))
+    if done.returncode:
+        raise RuntimeError(f"{command[3:]} ended with {done.returncode}:\n{done.stderr}")
+    return SimpleNamespace(seconds=seconds, peak=float(peak), output=done.stdout)
+
+
+def call(function: str, *args) -> SimpleNamespace:
+    """Run a function of this file in a process of its own, with what it prints as JSON on its last line."""
+    done = run("-c", f"import profile_models as p\np.common.cli(lambda: p.{function}(*{args!r}))")
+    return SimpleNamespace(**vars(done), **json.loads(done.output.strip().splitlines()[-1]))
+
+
+def resident(key: str) -> float:
+    """This process's VmRSS (now) or VmHWM (peak) in MB; nan where the system has no /proc."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key + ":"))
+    return float("nan")
+
+
+def precision_name(precision: str) -> str:
+    return {"no": "fp32"}.get(precision, precision)
+
+
+def machine(environment: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"Machine: {environment['device']}, {environment['threads']} threads. Versions: {versions}.\n"
+
+
+# ----------------------------------------------------------------------------------------- what is profiled
+
+
+def build(row: str, accelerator, data: common.Data, image_size: int) -> SimpleNamespace:
+    """The training of a row of ROWS as its script sets it up: `task`, prepared, with its inputs in two parts.
+
+    `load(index, epoch)` gives a batch (augmented images, or cached features) and `forward` makes of it what
+    the frozen backbone, if it runs every step, does. `modules` hold all parameters.
+    """
+    script = importlib.import_module("train_cnn" if row == "cnn" else "train_vit_probe")
+    options = script.make_parser().parse_args(["--data-dir", data.path])
+    if row == "cnn":
+        task = script.make_task(options, script.make_config(options, data, accelerator), data, accelerator)
+        parts = SimpleNamespace(modules=[task.model])
+    else:
+        options.image_size = image_size
+        backbone = script.open_backbone(accelerator, None, False, image_size, accelerator.mixed_precision)
+        width = script.WIDTH * len(script.TOKENS)
+        features = {name: torch.randn(len(split.labels), width).half() for name, split in data.splits.items()}
+        features |= {"train": [features["train"]], "tokens": script.TOKENS}
+        config = script.make_config(options, data, backbone, 0.0, accelerator)
+        task = script.make_task(options, config, data, features, accelerator)
+        parts = SimpleNamespace(modules=[task.model, backbone.module], backbone=backbone)
+    parts.load, parts.forward = task.inputs, lambda x: x
+    if row == "vit":
+        images = data.splits["train"].images.to(accelerator.device)
+        parts.load = common.Images(images, image_size, script.MEAN, script.STD, True, options.crop_scale).augmented
+        parts.forward = lambda x: script.forward_tokens(backbone, x).half()
+    task.inputs = lambda index, epoch: parts.forward(parts.load(index, epoch))
+    parts.task = task.prepare(accelerator)
+    return parts
+
+
+def steps_of(accelerator, task: common.Task, count: int):
+    """`count` training steps, over as many epochs as they take."""
+    epochs = (common.train_steps(accelerator, task, epoch) for epoch in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), count)
+
+
+def train(accelerator, task: common.Task, count: int) -> None:
+    for _ in steps_of(accelerator, task, count):
+        pass
+
+
+def load_batches(parts, count: int, epoch: int = 0) -> None:
+    """The data of `count` training steps without the training."""
+    while count > 0:
+        parts.task.batches.epoch, parts.task.batches.start = epoch, 0
+        for index in itertools.islice(parts.task.loader, count):
+            parts.load(index, epoch)
+        count, epoch = count - len(parts.task.batches), epoch + 1
+
+
+def gflops(parts) -> float:
+    """Forward pass of one training image, in 1e9 operations: 2 a multiply-add of convolutions and products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parts.task.model.train()  # in eval mode the CNN sees the mirror image too
+    x = parts.load(torch.arange(2, device=parts.task.labels.device), 0)
+    # The counter does not know the CPU's fused attention: the plain one is the same products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        parts.task.model(parts.forward(x))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def write_trace(accelerator, parts, epochs: int, steps: int, path: Path):
+    """Profile the first `steps` steps of each of `epochs` epochs; write the trace, return the profiler."""
+    load = parts.load
+    parts.load = torch.profiler.record_function(LOAD)(load)
+    with accelerator.profile() as profiler:
+        for epoch in range(epochs):
+            stream = common.train_steps(accelerator, parts.task, epoch)
+            for _ in range(steps):
+                with torch.profiler.record_function(STEP):
+                    next(stream)
+        now()
+    parts.load = load
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    return profiler
+
+
+def operators(profiler, cuda: bool) -> tuple[list[list], float]:
+    """Rows (name, self ms, share, calls) of the ten heaviest operators, and the self seconds of all.
+
+    On a GPU the time is that of the kernels an operator starts.
+    """
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+    if cuda:
+        events = [e for e in events if e.key not in (STEP, LOAD) and not getattr(e, "is_user_annotation", False)]
+    times = {e.key: (getattr(e, key), e.count) for e in events}
+    total = sum(time for time, _ in times.values()) or 1
+    top = sorted(times.items(), key=lambda item: -item[1][0])[:10]
+    return [[f"`{n}`", f"{t / 1e3:.1f}", f"{t / total:.1%}", calls] for n, (t, calls) in top], total / 1e6
+
+
+def measure(row: str, precision, epochs: list[int], data_dir: str, image_size: int, count: int, copies=1.0) -> None:
+    """Print all figures of a row of ROWS, from `count` steps, as JSON; for a fresh process.
+
+    Writes a trace for each of `epochs`. `copies`: train on so many times the training images.
+    """
+    probe = importlib.import_module("train_vit_probe") if row != "cnn" else None
+    accelerator = common.make_accelerator(probe.default_precision(precision) if probe else precision)
+    cuda = accelerator.device.type == "cuda"
+    data = common.load_data(data_dir, 28)
+    split = data.splits["train"]
+    pick = torch.arange(round(copies * len(split.labels))) % len(split.labels)
+    split = common.Split(split.images[pick], split.labels[pick], [split.paths[i] for i in pick])
+    data.splits["train"] = split
+    parts = build(row, accelerator, data, image_size)
+    task = parts.task
+    before = resident("VmRSS")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    train(accelerator, task, 2 if row == "vit" else min(20, count))  # warm-up
+    times = [now()]
+    for _ in steps_of(accelerator, task, count):
+        times.append(now())
+    steps = sorted(1e3 * (after - before) for before, after in itertools.pairwise(times))
+    whole, data_only = interleaved(1, lambda: train(accelerator, task, count), lambda: load_batches(parts, count))
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
+    parameters = [p for module in parts.modules for p in module.parameters()]
+    median = statistics.median(steps)
+    cells = {
+        "Model": ROWS[row],
+        "Precision": precision_name(accelerator.mixed_precision),
+        "Batch": task.batch_size,
+        "Step, ms (median)": f"{median:.2f}",
+        "Step, ms (90th percentile)": f"{steps[-(-9 * count // 10) - 1]:.2f}",
+        "Images/s": f"{count * task.batch_size / whole:,.0f}",
+        "Peak memory, MB": f"{peak:,.0f}" + ("" if cuda else f" (training: {peak - before:,.0f})"),
+        "Parameters": f"{sum(p.numel() for p in parameters):,}",
+        "Trainable": f"{sum(p.numel() for p in parameters if p.requires_grad):,}",
+        "GFLOPs an image": f"{gflops(parts):.4g}",
+        "Waiting for data": f"{data_only / whole:.1%}",
+    }
+    traces, top = [], []
+    for number in epochs:
+        n = min(len(task.batches), max(1, (count if row == "vit" else 2 * count) // number))
+        path = Path("profile") / f"{row}-{number}-epochs{'-' + precision if precision else ''}.trace.json.gz"
+        top, busy = operators(write_trace(accelerator, parts, number, n, path), cuda)
+        traces.append([f"`{path}`", number, f"{n} of {len(task.batches)}", f"{path.stat().st_size / 1e6:.1f}"])
+        if cuda:
+            cells["Device idle"] = f"{1 - busy / (number * n) / (whole / count):.1%}"
+    extraction = None
+    if row == "cached":
+        few = common.Split(*(part[:320] for part in (split.images, split.labels, split.paths)))
+        with tempfile.TemporaryDirectory() as folder:
+            probe.CACHE = Path(folder)
+            rate = len(few.labels) / probe.extract(accelerator, parts.backbone, few)[1]
+        images = sum(len(split.labels) for split in data.splits.values())
+        extraction = f"{rate:.1f} images/s, so {images / rate:.1f} s for the {images:,} images of train and val"
+    out = {"cells": cells, "traces": traces, "operators": top, "extraction": extraction, "median": median}
+    environment = common.environment(accelerator)
+    print(json.dumps(out | {"environment": environment, "peak_memory": peak, "bytes": split.images.nbytes}))
+
+
+def profile(args) -> str:
+    """The text of profile.md."""
+    results = []
+    for precision, row in itertools.product(args.mixed_precision or [None], ROWS):
+        print(f"profiling: {ROWS[row]}" + (f", {precision_name(precision)}" if precision else ""), flush=True)
+        count = args.vit_steps if row == "vit" else args.steps
+        results.append(call("measure", row, precision, args.epochs, args.data_dir, args.vit_image_size, count))
+    cells = [result.cells for result in results]
+    cuda = "Device idle" in cells[0]
+    memory = (
+        "the most device memory that was allocated at once (`torch.cuda.max_memory_allocated`)"
+        if cuda
+        else "the peak resident memory (VmHWM of `/proc/self/status`) of a fresh process that imports, loads the data "
+        "and trains, with nothing else in it; in brackets the part above what was resident before the first step"
+    )
+    idle = "\n- Device idle: 1 - the time of a step's kernels in the last trace / the time of a step." if cuda else ""
+    text = [
+        f"# Profile of the training\n\n{machine(results[0].environment)}",
+        f"ViT: random backbone (time does not depend on its values), {args.vit_image_size} px.\n",
+        markdown_table(list(cells[0]), [list(line.values()) for line in cells]),
+        f"""- Times: without the profiler, after a warm-up; {args.steps} steps, {args.vit_steps} with the backbone.
+- Waiting for data: loader and augmentation (or reading cached features) by themselves, as a share of the step.
+- Peak memory: {memory}.
+- GFLOPs: forward pass in training, 2 a multiply-add of convolutions, linear layers and attention
+  (`torch.utils.flop_counter`); normalisation, activations, pooling and augmentation do not count.
+- Cached features: extracted once, at {[result.extraction for result in results if result.extraction][0]}.
+  "Backbone every step" is what training on freshly augmented images costs instead.{idle}
+
+## Traces
+
+Training steps, no validation; of each epoch the first steps, so that a trace stays small.
+""",
+        markdown_table(["Trace", "Epochs", "Steps an epoch", "MB"], [line for r in results for line in r.traces]),
+        f"## The ten heaviest operators\n\nSelf time in the trace of {args.epochs[-1]} epoch(s).\n",
+    ]
+    for result in results:
+        text.append(f"### {result.cells['Model']}, {result.cells['Precision']}\n")
+        text.append(markdown_table(["Operator", "Self time, ms", "Share", "Calls"], result.operators))
+    return "\n".join(text)
+
+
+# ------------------------------------------------------------------------------------- speed: the two sides
+
+
+def usual_loader(folder: Path, size: int, training: bool, workers: int, bicubic=False, images=None, batch_size=64):
+    """ImageFolder, PIL transforms with this project's augmentation, DataLoader; grey at the CNN's 28 px.
+
+    `images`: so many of the images, evenly spread, instead of all.
+    """
+    from torchvision import datasets
+    from torchvision import transforms as t
+
+    how = t.InterpolationMode.BICUBIC if bicubic else t.InterpolationMode.BILINEAR
+    scale = importlib.import_module("train_cnn").make_parser().get_default("crop_scale")
+    crop = [t.RandomResizedCrop(size, (scale, 1.0), common.CROP_RATIO, how), t.RandomHorizontalFlip()]
+    steps = crop if training else [t.Resize(size, how), t.CenterCrop(size)]
+    grey = [t.Grayscale(1)] if size == 28 else []
+    data = datasets.ImageFolder(str(folder), t.Compose([*grey, *steps, t.ToTensor(), t.Normalize([0.5], [0.5])]))
+    if images:
+        data = Subset(data, torch.linspace(0, len(data) - 1, images).long().tolist())
+    return DataLoader(data, batch_size=batch_size, shuffle=training, num_workers=workers)
+
+
+def textbook(epochs: int, data_dir: str = "data", workers: int = 0, started: float | None = None) -> None:
+    """Train a CNN the usual way; print seconds from `started` (time.time()) and the accuracy as JSON."""
+    started = started or time.time()
+    torch.manual_seed(0)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    train_loader = usual_loader(Path(data_dir) / "train", 28, True, workers)
+    val_loader = usual_loader(Path(data_dir) / "val", 28, False, workers)
+    layers, before = [], 1
+    for width in (32, 64, 128):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        before = width
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 3 * 3, len(train_loader.dataset.classes))).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    first_step = None
+    for epoch in range(epochs):
+        model.train()
+        train_loss = correct = 0
+        for x, y in train_loader:
+            x, y = x.to(device), y.to(device)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            train_loss += loss.item() * len(y)
+            first_step = first_step or time.time() - started
+        model.eval()
+        with torch.no_grad():
+            for x, y in val_loader:
+                correct += (model(x.to(device)).argmax(1) == y.to(device)).sum().item()
+        accuracy = correct / len(val_loader.dataset)
+        print(f"epoch {epoch + 1}: loss {train_loss / len(train_loader.dataset):.4f}, accuracy {accuracy:.2%}")
+    print(json.dumps({"first_step": first_step, "accuracy": accuracy}))
+
+
+def watch(script: str, argv: list, name: str, started: float) -> None:
+    """Run a training script into runs/`name` and print, as JSON, where its time goes.
+
+    Seconds from `started` (time.time()) to the end of the first step, of the backbone's forward passes and of
+    each epoch, the last accuracy, and the packages that were loaded after the first epoch's steps.
+    """
+    module = importlib.import_module(script)
+    steps, forward, out, began = common.train_steps, getattr(module, "forward_tokens", None), {"forward": 0.0}, []
+
+    def watched_steps(*args, **options):
+        began.append(now())
+        for result in steps(*args, **options):
+            if "first_step" not in out:
+                now()
+                out["first_step"] = time.time() - started
+            yield result
+        out.setdefault("loaded", [package for package in IMPORTS if package in sys.modules])
+
+    def watched_forward(*args):
+        start = now()
+        result = forward(*args)
+        out["forward"] += now() - start
+        return result
+
+    common.train_steps, module.forward_tokens = watched_steps, watched_forward
+    sys.argv = [f"{script}.py", *map(str, argv), "--name", name]
+    module.main()
+    out["epochs"] = [after - before for before, after in itertools.pairwise([*began, now()])]
+    out["accuracy"] = common.read_metrics(common.RUNS_DIR / name / "metrics.jsonl")[-1]["val_accuracy"]
+    print(json.dumps(out))
+
+
+# ----------------------------------------------------------------------------------------- speed: the tables
+# A table's docstring is its text in speed.md, the first line the title. Each gives pairs of header and rows.
+
+
+def process_table(bench):
+    """Whole process: the CNN against the usual way
+
+    `train_cnn.py` from start to end, validation each epoch, against ImageFolder, PIL transforms, DataLoader,
+    three blocks of convolution, batch norm, ReLU and pooling (32-64-128) and Adam. Ratio: to the better of the
+    usual ways (target: at most 0.35). The first step's time is from the start of the process.
+    """
+    cores, seen = os.cpu_count(), {"ours": [], 0: [], os.cpu_count(): []}
+
+    def usual(workers):
+        return lambda: seen[workers].append(call("textbook", bench.epochs, str(bench.data_dir), workers, time.time()))
+
+    ours = functools.partial(bench.watch, "train_cnn", "--epochs", bench.epochs)
+    seconds = interleaved(bench.repeats, lambda: seen["ours"].append(ours()), usual(0), usual(cores))
+    names = [f"ours, {bench.epochs} epochs", "usual, 0 workers", f"usual, {cores} workers"]
+    rows = []
+    for name, s, runs in zip(names, seconds, seen.values()):
+        first, peak = statistics.median(r.first_step for r in runs), max(r.peak for r in runs)
+        ratio = f"{s / min(seconds[1:]):.2f}"
+        rows.append([name, f"{s:.1f}", ratio, f"{runs[-1].accuracy:.2%}", f"{first:.1f}", f"{peak:,.0f}"])
+    yield ["Process", "Seconds", "Ratio", "Validation accuracy", "First step after, s", "Peak memory, MB"], rows
+
+
+def pipeline_table(bench):
+    """Input pipeline
+
+    Random crop, flip and normalisation of training images to batches on the device: from the files with
+    ImageFolder, PIL and DataLoader, and ours from the images in memory, in batches as large as the scripts'. The
+    last column says how many times as fast ours is (target at 28 px: 20 with 0 workers).
+    """
+    rows, cores = [], os.cpu_count()
+    for size, parts, most in ((28, bench.cnn, 75), (bench.image_size, bench.vit, 30)):
+        batches = min(most, len(parts.task.batches))
+        batch_size, epochs = parts.task.batch_size, itertools.count()
+        images, bicubic = batches * batch_size, parts is bench.vit
+
+        def usual(workers, options=(bicubic, images, batch_size), size=size):
+            loader = usual_loader(bench.data_dir / "train", size, True, workers, *options)
+            return lambda: [x.to(bench.accelerator.device) for x, _ in loader]
+
+        ours = functools.partial(lambda p, n, epochs: load_batches(p, n, next(epochs)), parts, batches, epochs)
+        ours()  # warm-up
+        seconds = interleaved(bench.repeats, ours, usual(0), usual(cores))
+        for name, s in zip(("ours", "usual, 0 workers", f"usual, {cores} workers"), seconds):
+            rows.append([f"{size} px, {name}", f"{images:,}", f"{images / s:,.0f}", f"{s / seconds[0]:.1f}"])
+    yield ["Pipeline", "Images", "Images/s", "Ours is x times as fast"], rows
+
+
+def epoch_table(bench):
+    """CNN: an epoch against its arithmetic
+
+    An epoch of `train_cnn.py` from its first step to that of the next epoch: loader, augmentation, training,
+    metrics, TensorBoard and checkpoint (of the validation only 8 images), against the same steps on one batch
+    that is ready on the device. Epochs of both in turn; target: at most 1.10.
+    """
+    fixed = build("cnn", bench.accelerator, bench.data, bench.image_size)
+    index = next(iter(fixed.task.loader))
+    x = fixed.load(index, 0)
+    fixed.load, fixed.task.loader = lambda index, epoch: x, [index] * len(fixed.task.batches)
+    import train_cnn
+
+    config = train_cnn.make_config(train_cnn.make_parser().parse_args([]), bench.data, bench.accelerator)
+    path = common.open_run(bench.accelerator, "epoch-table", config, False)
+    task = dataclasses.replace(bench.cnn.task, epochs=2 * bench.repeats + 2, val_labels=bench.cnn.task.val_labels[:8])
+    steps, whole, alone, ended = common.train_steps, [], [], [now()]
+
+    def paced(accelerator, task, epoch, start=0):
+        began = now()
+        whole.append(began - ended[-1])  # the epoch before this one, with its metrics, logging and checkpoint
+        for _ in steps(accelerator, fixed.task, 0):
+            pass
+        ended.append(now())
+        alone.append(ended[-1] - began)
+        yield from steps(accelerator, task, epoch, start)
+
+    common.train_steps = paced
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            common.fit(bench.accelerator, task, path)
+    finally:
+        common.train_steps = steps
+    ours, theirs = statistics.median(whole[2:]), statistics.median(alone[1:-1])  # without the first, a warm-up
+    rows = [["as trained", f"{ours:.3f}", f"{ours / theirs:.3f}"], ["one fixed batch", f"{theirs:.3f}", "1"]]
+    yield [f"Epoch of {len(task.batches)} steps", "Seconds", "Ratio"], rows
+
+
+def probe_table(bench):
+    """Probe: the whole against its forward passes
+
+    `train_vit_probe.py` with a random backbone and nothing cached, from the start of the process to its end,
+    against the time in the backbone's forward passes (train and val once). Target: at most 1.10, and epochs
+    well under a second.
+    """
+    done = bench.probe()
+    rows = [
+        ["forward passes alone", f"{done.forward:.1f}", "1"],
+        [f"whole process, {bench.epochs} epochs", f"{done.seconds:.1f}", f"{done.seconds / done.forward:.3f}"],
+        ["an epoch after the extraction (median)", f"{statistics.median(done.epochs):.3f}", ""],
+    ]
+    yield [f"Probe, {bench.image_size} px", "Seconds", "Ratio"], rows
+
+
+def forward_table(bench):
+    """ViT-Tiny's forward pass
+
+    Images a second of ours (every feature a probe may use) and as timm's `validate.py` runs it (logits,
+    inference mode, autocast), on the same batches. Target: a ratio of at least 1.
+    """
+    import timm
+
+    probe, device = importlib.import_module("train_vit_probe"), bench.accelerator.device
+    batch = 256 if device.type == "cuda" else 16
+    cases = [(bench.image_size, batch), (bench.image_size, 64), (160, batch), (112, batch)]
+    precisions = ["no"] + ["bf16"] * (probe.default_precision(None) == "bf16")
+    rows = []
+    for (size, batch), precision in itertools.product(cases, precisions):
+        backbone = probe.open_backbone(bench.accelerator, None, False, size, precision)
+        theirs = timm.create_model(probe.MODEL, img_size=size).eval().to(device)
+        x = torch.randn(batch, 3, size, size, device=device)
+
+        def validate(theirs=theirs, x=x, bf16=precision == "bf16"):
+            with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                theirs(x)
+
+        sides = functools.partial(probe.forward_tokens, backbone, x), validate
+        interleaved(1, *sides)  # warm-up
+        rates = [batch / seconds for seconds in interleaved(5 * bench.repeats, *sides)]
+        name = f"{size} px, batch {batch}, {precision_name(precision)}"
+        rows.append([name, *(f"{rate:,.1f}" for rate in rates), f"{rates[0] / rates[1]:.2f}"])
+    yield ["Forward pass", "Ours, images/s", "timm, images/s", "Ratio"], rows
+
+
+def scripts_table(bench):
+    """Start-up and memory of each script
+
+    One epoch each. Seconds from the start of the process to its end and to the end of the first training step,
+    peak resident memory, the larger packages that are loaded when the epoch's steps are done; what importing
+    each of them costs in a process that has torch; and the CNN's training on the training images and on 7.5
+    times as many (the same ones repeated; on a GPU its device memory).
+    """
+    prepared = run(HERE / "prepare_data.py", "--out", "prepared")
+    runs = {
+        "prepare_data.py": prepared,
+        "train_cnn.py": bench.watch("train_cnn", "--epochs", 1),
+        f"train_vit_probe.py ({bench.epochs} epochs)": bench.probe(),
+        "train_vit_probe.py, cached features": bench.watch("train_vit_probe", *bench.vit_options, "--epochs", 1),
+        "evaluate.py, all these runs": run(HERE / "evaluate.py"),
+    }
+    rows = []
+    for name, done in runs.items():
+        first = f"{done.first_step:.2f}" if hasattr(done, "first_step") else ""
+        rows.append([name, f"{done.seconds:.1f}", first, f"{done.peak:,.0f}", ", ".join(getattr(done, "loaded", []))])
+    yield ["Script", "Seconds", "First step after, s", "Peak memory, MB", "Packages"], rows
+    rows = []
+    for statement in IMPORTS.values():
+        first = "import torch; " if statement != IMPORTS["torch"] else ""
+        code = f"import time; {first}began = time.perf_counter(); {statement}; print(time.perf_counter() - began)"
+        seconds = statistics.median(float(run("-c", code).output) for _ in range(bench.repeats))
+        rows.append([f"`{statement}`", f"{seconds:.2f}"])
+    yield ["Import", "Seconds"], rows
+    results = {1.0: [], 7.5: []}
+    for _, copies in itertools.product(range(bench.repeats), results):
+        results[copies].append(call("measure", "cnn", "no", [], str(bench.data_dir), 224, bench.steps, copies))
+    rows, base = [], statistics.median(r.median for r in results[1.0])
+    for copies, done in results.items():
+        step, peak = (statistics.median(getattr(r, key) for r in done) for key in ("median", "peak_memory"))
+        images = f"{round(copies * len(bench.data.splits['train'].labels)):,}"
+        rows.append([images, f"{done[0].bytes / 1e6:.1f}", f"{peak:,.0f}", f"{step:.2f}", f"{step / base:.2f}"])
+    yield ["Training images", "Their bytes, MB", "Peak memory, MB", "Step, ms", "Ratio"], rows
+
+
+def tricks_table(bench):
+    """Tricks of the CNN
+
+    A training step in fp32 with one thing changed, a few dozen steps of each in turn, several times. Ratio: to
+    the step as it is: above 1 the trick that was undone is a gain, below 1 the change would be one.
+    """
+    device, count = bench.accelerator.device, min(40, bench.steps)
+
+    def plain_layout(parts):
+        parts.task.model.to(memory_format=torch.contiguous_format)
+
+    def loop_optimizer(parts):
+        for group in parts.task.optimizer.param_groups:
+            group["fused"] = False
+
+    def pool_last(parts):
+        layers = list(parts.task.model.features)
+        parts.task.model.features = nn.Sequential(*(layers[b + i] for b in (0, 4, 8) for i in (0, 2, 3, 1)))
+
+    def autocast(parts):
+        parts.task.model.forward = torch.autocast(device.type, torch.bfloat16)(parts.task.model.forward)
+
+    def pil(parts):
+        files = usual_loader(bench.data_dir / "train", 28, True, 0).dataset
+        parts.load = lambda index, epoch: torch.stack([files[i][0] for i in index.tolist()]).to(device)
+
+    changes = {
+        "as it is": lambda parts: None,
+        "without channels-last": plain_layout,
+        "without the fused optimiser": loop_optimizer,
+        "pooling after batch norm and ReLU, not before": pool_last,
+        "with bf16 autocast": autocast,
+        "PIL in the training loop, not batched tensor code": pil,
+    }
+    sides = []
+    for change in changes.values():
+        parts = build("cnn", bench.accelerator, bench.data, bench.image_size)
+        change(parts)
+        train(bench.accelerator, parts.task, 5)  # warm-up
+        sides.append(functools.partial(train, bench.accelerator, parts.task, count))
+    seconds = interleaved(2 * bench.repeats + 1, *sides)
+    rows = [[name, f"{1e3 * s / count:.2f}", f"{s / seconds[0]:.2f}"] for name, s in zip(changes, seconds)]
+    yield ["Step", "ms", "Ratio"], rows
+
+
+TABLES = {
+    "process": process_table,
+    "pipeline": pipeline_table,
+    "epoch": epoch_table,
+    "probe": probe_table,
+    "forward": forward_table,
+    "scripts": scripts_table,
+    "tricks": tricks_table,
+}
+
+
+def speed(args) -> str:
+    """The text of speed.md. Runs and caches go to a temporary folder."""
+    bench = SimpleNamespace(epochs=args.epochs[-1], repeats=args.repeats, steps=args.steps)
+    bench.image_size = args.vit_image_size
+    bench.data_dir = Path(args.data_dir).resolve()
+    bench.vit_options = ["--no-pretrained", "--image-size", bench.image_size]
+    names = (f"watch-{i}" for i in itertools.count())
+
+    def watched(script, *options):
+        options = [*map(str, options), "--data-dir", str(bench.data_dir)]
+        return call("watch", script, options, next(names), time.time())
+
+    bench.watch = watched
+    # Run once: several tables need it, and it is the longest. Its features are then cached for the others.
+    bench.probe = functools.cache(lambda: watched("train_vit_probe", *bench.vit_options, "--epochs", bench.epochs))
+    bench.accelerator = common.make_accelerator("no")
+    bench.data = common.load_data(str(bench.data_dir), 28)
+    bench.cnn, bench.vit = (build(row, bench.accelerator, bench.data, bench.image_size) for row in ("cnn", "vit"))
+    counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in bench.data.splits.items())
+    text = [f"# Speed\n\n{machine(common.environment(bench.accelerator))}"]
+    text.append(f"Data: {counts} images. Ratios are of medians, all sides measured in turn in one run.\n")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for name in args.speed or TABLES:
+            title, intro = inspect.getdoc(TABLES[name]).split("\n\n", 1)
+            print(f"measuring: {title}", flush=True)
+            tables = "\n".join(markdown_table(header, rows) for header, rows in TABLES[name](bench))
+            print(tables, flush=True)
+            text.append(f"## {title}\n\n{intro}\n\n{tables}")
+    return "\n".join(text)
+
+
+def main() -> int:
+    parser = common.Parser(description=__doc__.splitlines()[0])
+    add, whole = parser.add_argument, common.number(int, 1)
+    add("--epochs", type=whole, nargs="+", help="numbers of epochs to trace (1 3), or with --speed to train (10)")
+    add("--data-dir", default=common.DATA_DIR, help="ImageFolder with train/ and val/")
+    add("--out", default="results", help="folder for profile.md and speed.md (results)")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], nargs="+", help="default: as the training scripts do")
+    add("--speed", choices=list(TABLES), nargs="*", help="write speed.md instead, with all tables or these")
+    add("--repeats", type=whole, default=3, help="of each side of a comparison in --speed (3)")
+    add("--steps", type=whole, default=150, help="steps to time (150), and half as many as are traced at most")
+    add("--vit-steps", type=whole, default=10, help="steps to time where the ViT's backbone runs (10)")
+    add("--vit-image-size", type=common.number(int, 16, 1024), default=224, help="side of the ViT's input, px (224)")
+    args = parser.parse_args()
+    if args.vit_image_size % 16:
+        raise UserError(f"--vit-image-size {args.vit_image_size}: the ViT's patches need a multiple of 16")
+    args.epochs = args.epochs or ([1, 3] if args.speed is None else [10])
+    common.load_data(args.data_dir, 28)  # prepares the default data, and says what is wrong with others
+    out = Path(args.out).resolve() / ("profile.md" if args.speed is None else "speed.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    common.atomic_write(out, profile(args) if args.speed is None else speed(args))
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    common.cli(main)
