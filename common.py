@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ def cli(main) -> None:
 
     Errors of the machine that a user can mend (disk full, no permission, out of memory) end in one line too.
     """
+    # TensorBoard's thread raises its error (disk full) once more at the next record, in the main thread.
+    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     try:
         code, message = main() or 0, ""
     except UserError as error:
@@ -97,8 +100,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file
         raise
 
 
@@ -185,7 +190,7 @@ def training_parser(description: str, lr: float, batch_size: int, image_size: in
     add("--batch-size", type=number(int, 1), default=batch_size, help="over all processes together")
     add("--lr", type=number(float, 1e-10, 1e3), nargs="+", default=[lr], help="peak learning rate(s)")
     add("--schedule", choices=list(SCHEDULES), nargs="+", default=["cosine"], help="learning-rate schedule(s)")
-    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, help="AdamW's, on weight matrices")
+    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, help="AdamW's")
     add("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="seed(s); each is a run of its own")
     add("--data-dir", default=DATA_DIR, help="ImageFolder with train/ and val/, and test/ to evaluate")
     add("--image-size", type=number(int, 8, 1024), default=image_size, help="side of the model's input, px")
@@ -230,6 +235,11 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         torch.use_deterministic_algorithms(True)
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: needs a GPU: give bf16 or no")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    alone = UserError(
+        f"the launcher started {world} processes but each believes to be alone: start them with "
+        f"`accelerate launch --multi_gpu --num_processes {world}` or `torchrun --nproc_per_node {world}`"
+    )
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it two CPU processes do not find each other
@@ -239,13 +249,11 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
     except ValueError as error:
+        if "MASTER_ADDR" in str(error):
+            raise alone from None
         raise UserError(f"--mixed-precision {mixed_precision}: {str(error).splitlines()[0]}") from None
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:
-        raise UserError(
-            f"the launcher started {world} processes but each believes to be alone: start them with "
-            f"`accelerate launch --multi_gpu --num_processes {world}` or `torchrun --nproc_per_node {world}`"
-        )
+        raise alone
     accelerator.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{torch.get_num_threads()} threads each, precision {accelerator.mixed_precision}"
@@ -607,7 +615,7 @@ def confusion_figure(confusions: dict[str, torch.Tensor], classes: list[str]):
         axes.axis("off")
     for axes, (title, counts) in zip(panels, confusions.items()):
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set(title=title, xlabel="predicted", ylabel="true")
         ticks = range(len(classes))
         axes.set_xticks(ticks, classes, rotation=45, ha="right")
@@ -694,8 +702,9 @@ def open_run(accelerator, name: str, config: dict, resume: bool) -> Path:
     """
     path = RUNS_DIR / name
     exists = path.exists()
-    accelerator.wait_for_everyone()  # nobody looks after somebody has made it
-    if exists and not resume:
+    # Nobody looks after somebody has made it, and machines without a shared disk agree.
+    anywhere = accelerator.gather(torch.tensor([int(exists)], device=accelerator.device)).any()
+    if anywhere and not resume:
         raise UserError(f"{path}: exists: add --resume to go on with it, or --name for another folder")
     if exists:
         old = read_json(path / "config.json")
@@ -1049,7 +1058,7 @@ def log_start(writer, task: Task, config: dict) -> None:
         writer._get_file_writer().add_summary(summary)
     x = task.inputs(torch.arange(min(64, len(task.labels)), device=task.labels.device), 0)
     if x.dim() == 4:
-        x = (x - x.amin()) / (x.amax() - x.amin())
+        x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-6)
         pad = F.pad(x, (1, 1, 1, 1), value=1.0)
         pad = F.pad(pad, (0, 0, 0, 0, 0, 0, 0, -len(pad) % 8), value=1.0)
         rows = [torch.cat(list(row), dim=2) for row in pad.split(8)]

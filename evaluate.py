@@ -3,17 +3,15 @@
     python evaluate.py                                   (every run folder under runs/)
     python evaluate.py runs/cnn-e10-lr0.005-cosine-s0 --out results
 
-Reads of each run config.json, metrics.jsonl and model.safetensors, and the images it names: train/ and val/, which
-must be those it was trained with, and test/ if there is one. A probe also needs its backbone's weights (as in
-train_vit_probe.py: --weights, VIT_TINY_WEIGHTS or the hub). Writes evaluation.md and PNG pictures to --out.
-Of runs that differ in learning rate or schedule the best on validation is chosen, never by test.
+Reads config.json, metrics.jsonl and model.safetensors of each run and the images it was trained with, and test/ if
+there is one; for a probe also its backbone's weights (as train_vit_probe.py). Writes evaluation.md and PNG pictures
+to --out. Of runs that differ in learning rate or schedule the best on validation is chosen, never by test.
 
 Exit code 0: all evaluated; 1: some run could not be read, is named on stderr and left out; 2: none could be read.
 """
 
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -36,8 +34,13 @@ DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowE
 # Options that are part of a model's name, or change nothing that is compared; the others make a setting.
 NAMED = common.NEUTRAL | {"epochs", "lr", "schedule", "seed", "data_dir", "image_size", "features", "views"}
 NAMED |= {"no_pretrained", "export_features", "deterministic"}
-ALL_RUNS = 60  # rows; with more only the means over seeds are shown
-ALL_CURVES = 12
+ALL_CURVES = 12  # of more only the chosen ones are drawn
+NAMES = {"val": "validation", "test": "test"}
+MARKS = {
+    "random backbone": "the ViT is not pretrained: a control",
+    "recorded features": "the features of the frozen ViT were read from a file, rounded to 8 bits",
+}
+Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 
 
 @dataclass(eq=False)  # one is itself only: tensors do not compare
@@ -45,12 +48,12 @@ class Result:
     """One classifier (a run, or one head of a probe) and what it predicts.
 
     `log_probs` float32 [N, C] and `scores` by split: "val" and, where the data have it, "test". `curve`: its lines
-    of metrics.jsonl; `start`: seconds spent before the first epoch; `settings`: other options, as text.
+    of metrics.jsonl, seconds with those before the first epoch; `settings`: other options, as text; `setting`:
+    learning rate, schedule and what else tells it from the other runs of its family.
     """
 
     run: Path
     family: str
-    is_cnn: bool
     epochs: int
     lr: float
     schedule: str
@@ -58,31 +61,27 @@ class Result:
     settings: dict
     data: common.Data
     curve: list[dict]
-    start: float
     device: str
     log_probs: dict
     scores: dict
+    setting: str = ""
+
+    def reported(self):
+        """Log-probabilities, predictions and labels of the split that is reported."""
+        log_probs = self.log_probs[self.split]
+        return log_probs, log_probs.argmax(1), self.data.splits[self.split].labels
+
+    @property
+    def split(self) -> str:
+        return "test" if "test" in self.scores else "val"
 
     @property
     def title(self) -> str:
         return f"{self.family}, {self.epochs} epoch" + "s" * (self.epochs > 1)
 
     @property
-    def split(self) -> str:
-        """The split that is reported: test, or validation where there is no test."""
-        return "test" if "test" in self.scores else "val"
-
-    @property
-    def labels(self) -> torch.Tensor:
-        return self.data.splits[self.split].labels
-
-    @property
-    def predictions(self) -> torch.Tensor:
-        return self.log_probs[self.split].argmax(1)
-
-    @property
     def confusion(self) -> torch.Tensor:
-        return common.confusion_matrix(self.labels, self.predictions, len(self.data.classes))
+        return common.confusion_matrix(*self.reported()[:0:-1], len(self.data.classes))
 
 
 # ------------------------------------------------------------------------------------------- reading a run
@@ -93,19 +92,10 @@ def check(fine: bool, what: str) -> None:
         raise UserError(what)
 
 
-def is_number(value, low=-math.inf, high=math.inf, kind=(int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-
-
 def once(cache: dict, key, make):
-    """`make()`, kept in `cache` under `key`; a UserError is kept and raised again."""
+    """`make()`, kept in `cache` under `key`."""
     if key not in cache:
-        try:
-            cache[key] = make()
-        except UserError as error:
-            cache[key] = error
-    if isinstance(cache[key], UserError):
-        raise cache[key]
+        cache[key] = make()
     return cache[key]
 
 
@@ -124,17 +114,15 @@ def load_images(data_dir: str, image_size: int) -> tuple[common.Data, dict]:
     return data, hashes
 
 
-def read_curves(lines: list, epochs: int) -> dict[str, list[dict]]:
+def read_curves(path: Path, epochs: int) -> dict[str, list[dict]]:
     """The lines of metrics.jsonl by head. Raises UserError unless there is one for every epoch."""
     curves = {}
-    for line in lines:
-        for key, high in (("val_accuracy", 1), ("val_loss", math.inf), ("seconds", math.inf)):
-            check(is_number(line[key], 0, high), f"metrics.jsonl: {key} is not a number in range")
+    for line in common.read_metrics(path):
         curves.setdefault(line["head"], []).append(line)
-    done = {tuple(line["epoch"] for line in curve) for curve in curves.values()} or {()}
-    last = len(min(done, key=len))
+    last = min(map(len, curves.values()), default=0)
     check(last >= epochs, f"unfinished: {last} of {epochs} epochs: go on with --resume")
-    check(done == {tuple(range(1, epochs + 1))}, f"metrics.jsonl: is not one line for each of {epochs} epochs")
+    whole = all([line["epoch"] for line in curve] == list(range(1, epochs + 1)) for curve in curves.values())
+    check(whole, f"metrics.jsonl: is not one line for each of {epochs} epochs")
     return curves
 
 
@@ -145,10 +133,6 @@ def best_line(curve: list[dict]) -> dict:
 
 def open_cnn(config: dict, data: common.Data, device):
     """The CNN (without its weights), a function from split to function from indices to input, its name."""
-    for key, low in (("mean", 0), ("std", 1e-6)):
-        values = config["model"][key]
-        fine = isinstance(values, list) and len(values) == data.channels and all(is_number(v, low, 1) for v in values)
-        check(fine, f"config.json: {key} is not a number a channel")
 
     def inputs(split: str):
         images = train_cnn.make_input(config, data.splits[split], device)
@@ -164,24 +148,18 @@ def open_probe(config: dict, data: common.Data, accelerator, weights: str | None
     """Like `open_cnn`: the heads, the features that training saw, a name a head."""
     import train_vit_probe as probe  # imports timm: only where it is needed
 
-    choices = [head["features"] for head in config["model"]["heads"]]
-    check(all(choice in probe.FEATURES for choice in choices), "config.json: unknown features")
     size, views, precision = (config["options"][key] for key in ("image_size", "views", "mixed_precision"))
-    kind = config["model"]["weights"]
-    recorded, random = probe.BUNDLED.name in kind, kind == "random backbone"
-    backbone = once(
-        cache, (kind, size, precision),
-        lambda: probe.open_backbone(accelerator, weights, not random, size, precision, bundled=recorded),
-    )  # fmt: skip
-    identity = backbone.identity | {"tokens": [list(token) for token in backbone.tokens]}
-    for key, ours in identity.items():
-        theirs = config["model"][key]
-        check(theirs == ours, f"made with another backbone: its {key} is {theirs}, here it is {ours}")
+    choices, kind = [head["features"] for head in config["model"]["heads"]], config["model"]["weights"]
+    recorded, random, key = probe.BUNDLED.name in kind, kind == "random backbone", (kind, size, precision)
+    how = accelerator, weights, not random, size, precision
+    backbone = once(cache, key, lambda: probe.open_backbone(*how, bundled=recorded))
+    for name, ours in (backbone.identity | {"tokens": [list(token) for token in backbone.tokens]}).items():
+        theirs = config["model"][name]
+        check(theirs == ours, f"made with another backbone: its {name} is {theirs}, here it is {ours}")
 
     def inputs(split: str):
-        key = kind, size, precision, data.path, split
-        features, _ = once(cache, key, lambda: probe.extract(accelerator, backbone, data.splits[split]))
-        features = features.to(accelerator.device)
+        extract = lambda: probe.extract(accelerator, backbone, data.splits[split])  # noqa: E731
+        features = once(cache, (*key, data.path, split), extract)[0].to(accelerator.device)
         return lambda index: features[index]
 
     marks = [f"{size} px"] * (size != probe.make_parser().get_default("image_size"))
@@ -196,26 +174,22 @@ def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> l
     for file in ("config.json", "metrics.jsonl", "model.safetensors"):
         check((path / file).is_file(), f"no file {file}: not a whole run folder")
     config = common.read_json(path / "config.json")
-    options, name, where = config["options"], config["model"]["name"], config["environment"]
+    options, name, environment = config["options"], config["model"]["name"], config["environment"]
     check(name in ("cnn", "vit"), "config.json: is not of a CNN or a ViT probe")
-    for key, low, high in (("epochs", 1, math.inf), ("batch_size", 1, 2**31), ("image_size", 8, 1024)):
-        check(is_number(options[key], low, high, int), f"config.json: {key} is not a whole number in range")
-    curves = read_curves(common.read_metrics(path / "metrics.jsonl"), options["epochs"])
+    size, precision, seed = options["image_size"], options["mixed_precision"], int(options["seed"][0])
+    check(8 <= size <= 1024, "config.json: image_size is not in range")
+    curves = read_curves(path / "metrics.jsonl", options["epochs"])
     heads = [{"name": "cnn", "lr": options["lr"][0], "schedule": options["schedule"][0]}]
     if name == "vit":
         heads = config["model"]["heads"]
-    known = all(is_number(head["lr"], 0) and head["schedule"] in common.SCHEDULES for head in heads)
+    known = all(0 < float(head["lr"]) < math.inf and head["schedule"] in common.SCHEDULES for head in heads)
     check(known, "config.json: unknown learning rate or schedule")
     check(list(curves) == [head["name"] for head in heads], "metrics.jsonl: has other heads than config.json")
-    seed, precision, start = options["seed"][0], options["mixed_precision"], where.get("feature_seconds", 0.0)
-    check(is_number(seed, 0, kind=int) and is_number(start, 0), "config.json: seed or feature_seconds is no number")
-    check(precision in DTYPES, f"config.json: unknown precision {precision}")
 
-    size, folder = options["image_size"], Path(options["data_dir"]).resolve()
-    data, hashes = once(cache, (folder, size), lambda: load_images(options["data_dir"], size))
+    where = Path(options["data_dir"]).resolve()
+    data, hashes = once(cache, (where, size), lambda: load_images(options["data_dir"], size))
     check(config["data"]["classes"] == data.classes, f"its classes are not those of {data.path}")
     check(config["data"]["sha256"] == hashes, f"the images in {data.path} are not those it was trained with")
-    check(config["data"]["channels"] == data.channels, "config.json: its channels are not those of the images")
     if name == "cnn":
         model, inputs, families = open_cnn(config, data, accelerator.device)
     else:
@@ -235,15 +209,16 @@ def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> l
     settings = {key: str(value) for key, value in sorted(options.items()) if key not in NAMED}
     results = []
     for h, (head, family) in enumerate(zip(heads, families)):
-        of_head = {split: of_heads[h] for split, of_heads in log_probs.items()}
+        curve, of_head = curves[head["name"]], {split: of_heads[h] for split, of_heads in log_probs.items()}
+        curve[0]["seconds"] += environment.get("feature_seconds", 0)
         scores = {split: common.scores(values, data.splits[split].labels) for split, values in of_head.items()}
-        told, found = best_line(curves[head["name"]])["val_accuracy"], scores["val"]["accuracy"]
+        told, found = best_line(curve)["val_accuracy"], scores["val"]["accuracy"]
         # Another device may decide a few close images otherwise; more is a file of another run, or damage.
         near = abs(found - told) <= max(0.01, 2 / len(data.splits["val"].labels))
         check(near, f"its weights have {found:.2%} validation accuracy where its metrics.jsonl says {told:.2%}")
         results.append(Result(
-            path, family, name == "cnn", options["epochs"], head["lr"], head["schedule"], seed, settings, data,
-            curves[head["name"]], start, str(where.get("device")), of_head, scores,
+            path, family, options["epochs"], float(head["lr"]), head["schedule"], seed, settings, data, curve,
+            str(environment["device"]), of_head, scores,
         ))  # fmt: skip
     return results
 
@@ -254,23 +229,22 @@ def evaluate_all(accelerator, folders: list[Path], weights: str | None, cache: d
     for path in tqdm(folders, desc="evaluating", unit="run", leave=False, disable=None):
         try:
             new = evaluate_run(accelerator, path, weights, cache)
-            classes = (results or new)[0].data.classes
-            check(new[0].data.classes == classes, f"has other classes than {(results or new)[0].run}: give it alone")
+            r = (results or new)[0]
+            check(new[0].data.classes == r.data.classes, f"has other classes than {r.run}: give it alone")
             results += new
-        except UserError as error:
-            skipped[path] = str(error)
-        except DAMAGE as error:
-            skipped[path] = f"damaged ({type(error).__name__}: {error})"
-        if path in skipped:
-            skipped[path] = " ".join(skipped[path].replace(f"{path}/", "").split())[:300]
+        except (UserError, *DAMAGE) as error:
+            why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"
+            skipped[path] = " ".join(why.replace(f"{path}/", "").split())[:300]
             tqdm.write(f"evaluate.py: skipped {path}: {skipped[path]}", file=sys.stderr)
     sizes = {r.data.path: len(r.data.splits["train"].labels) for r in results}
-    if len(sizes) > 1:  # models trained with other images are families of their own
-        for r in results:
-            count = sizes[r.data.path]
-            alone = list(sizes.values()).count(count) == 1
-            r.family += f", {count:,} training images" + ("" if alone else f" of {r.data.path}")
-    results.sort(key=lambda r: (not r.is_cnn, r.family, r.epochs, r.schedule, r.lr, r.seed, str(r.run)))
+    for r in results if len(sizes) > 1 else ():  # models trained with other images are families of their own
+        same = list(sizes.values()).count(sizes[r.data.path]) > 1
+        r.family += f", {sizes[r.data.path]:,} training images" + (f" of {r.data.path}" if same else "")
+    for r in results:
+        others = [other.settings for other in results if other.family == r.family]
+        varied = [key for key in r.settings if len({other.get(key) for other in others}) > 1]
+        r.setting = ", ".join([f"lr {r.lr:g}", r.schedule, *(f"{k.replace('_', ' ')} {r.settings[k]}" for k in varied)])
+    results.sort(key=lambda r: (r.family, r.epochs, r.schedule, r.lr, r.seed, str(r.run)))
     return results, skipped
 
 
@@ -279,9 +253,8 @@ def evaluate_all(accelerator, folders: list[Path], weights: str | None, cache: d
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a share of n."""
-    z = 1.959963984540054
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     return centre - half, centre + half
 
 
@@ -296,7 +269,7 @@ def paired(right_a: torch.Tensor, right_b: torch.Tensor) -> dict:
     n, only_a, only_b = len(right_a), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     difference = (only_b - only_a) / (n + 2)
-    half = 1.959963984540054 * math.sqrt((only_a + only_b + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
+    half = Z * math.sqrt((only_a + only_b + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
     low, high = difference - half, difference + half
     return {"only_a": only_a, "only_b": only_b, "p": p, "difference": (only_b - only_a) / n, "low": low, "high": high}
 
@@ -305,23 +278,21 @@ def group(results: list[Result]) -> dict[tuple, dict[int, Result]]:
     """Configurations (family, epochs, schedule, lr, settings) -> their runs by seed, the first where one repeats."""
     configurations = {}
     for r in results:
-        key = (r.family, r.epochs, r.schedule, r.lr, json.dumps(r.settings))
+        key = (r.family, r.epochs, r.schedule, r.lr, tuple(r.settings.items()))
         configurations.setdefault(key, {}).setdefault(r.seed, r)
     return configurations
 
 
 def choose(configurations: dict) -> list[dict[int, Result]]:
     """Of each family and number of epochs the configuration with the best mean validation accuracy."""
-
-    def merit(runs):
-        of = [r.scores["val"] for r in runs.values()]
-        return statistics.fmean(s["accuracy"] for s in of), -statistics.fmean(s["loss"] for s in of)
-
     best = {}
-    for (family, epochs, *_), runs in configurations.items():
-        if (family, epochs) not in best or merit(runs) > merit(best[family, epochs]):
-            best[family, epochs] = runs
-    return list(best.values())
+    for runs in configurations.values():
+        of = [r.scores["val"] for r in runs.values()]
+        merit = statistics.fmean(s["accuracy"] for s in of), -statistics.fmean(s["loss"] for s in of)
+        key = first(runs).title
+        if key not in best or merit > best[key][0]:
+            best[key] = merit, runs
+    return [runs for _, runs in best.values()]
 
 
 def first(runs: dict[int, Result]) -> Result:
@@ -329,7 +300,7 @@ def first(runs: dict[int, Result]) -> Result:
     return runs[min(runs)]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def mean_sd(values: list[float], digits: int = 2) -> str:
     """The mean, and ± standard deviation (n - 1) where there are several."""
     text = f"{statistics.fmean(values):.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
@@ -338,17 +309,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 def score(runs: dict[int, Result], split: str, key: str = "accuracy") -> str:
     """A score of a configuration, accuracy in %; a dash where the data have no such split."""
     of = [r.scores[split][key] for r in runs.values() if split in r.scores]
-    return (spread([100 * v for v in of]) if key == "accuracy" else spread(of, 4)) if of else "-"
-
-
-def configuration(r: Result, results: list[Result]) -> str:
-    """Learning rate, schedule, and those other settings that are not the same in all runs of this model."""
-    varied = [
-        f"{key.replace('_', ' ')} {value}"
-        for key, value in r.settings.items()
-        if len({other.settings.get(key) for other in results if other.family == r.family}) > 1
-    ]
-    return ", ".join([f"lr {r.lr:g}", r.schedule, *varied])
+    return (mean_sd([100 * v for v in of]) if key == "accuracy" else mean_sd(of, 4)) if of else "-"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -368,16 +329,12 @@ def curves_figure(results: list[Result], chosen: list[dict]):
     axes = figure.subplots(2, 2, sharey="row")
     for i, r in enumerate(shown):
         family, longest = families.index(r.family), r.epochs == max(s.epochs for s in shown)
-        style = {
-            "label": f"{r.title}, {configuration(r, results)}, seed {r.seed}", "marker": "os^Dv<>"[family % 7],
-            "color": f"C{(i if shown is results else family) % 10}", "linestyle": "-" if longest else "--",
-            "markerfacecolor": None if longest else "white",
-        }  # fmt: skip
-        epochs = [line["epoch"] for line in r.curve]
-        seconds = [r.start + s for s in itertools.accumulate(line["seconds"] for line in r.curve)]
-        for row, values in zip(axes, ([100 * s["val_accuracy"] for s in r.curve], [s["val_loss"] for s in r.curve])):
-            row[0].plot(epochs, values, **style)
-            row[1].plot(seconds, values, **style)
+        style = {"color": f"C{(i if shown is results else family) % 10}", "linestyle": "-" if longest else "--"}
+        style |= {"label": f"{r.title}, {r.setting}, seed {r.seed}", "marker": "os^Dv<>"[family % 7]}
+        seconds = list(itertools.accumulate(line["seconds"] for line in r.curve))
+        for row, key, factor in zip(axes, ("val_accuracy", "val_loss"), (100, 1)):
+            for one, x in zip(row, (range(1, r.epochs + 1), seconds)):
+                one.plot(x, [factor * line[key] for line in r.curve], **style)
     for row, name in zip(axes, ("validation accuracy (%)", "validation loss (nats)")):
         row[0].set(xlabel="epoch", ylabel=name)
         row[0].xaxis.get_major_locator().set_params(integer=True)
@@ -388,27 +345,23 @@ def curves_figure(results: list[Result], chosen: list[dict]):
     return figure
 
 
-def rates_figure(configurations: dict, results: list[Result]):
+def rates_figure(configurations: dict):
     """Validation accuracy against learning rate: a panel a number of epochs, a line a family and schedule."""
-    lengths = sorted({r.epochs for r in results})
-    families = list(dict.fromkeys(r.family for r in results))
-    figure = new_figure(1 + 5.5 * len(lengths), 5.5)
-    handles = {}
-    for axes, epochs in zip(figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0], lengths):
-        lines = {}
-        for runs in configurations.values():
-            r = first(runs)
-            if r.epochs == epochs:
-                line = r.family, configuration(r, results).partition(", ")[2]
-                lines.setdefault(line, []).append((r.lr, [100 * s.scores["val"]["accuracy"] for s in runs.values()]))
-        for (family, rest), points in sorted(lines.items()):
-            points.sort()
-            deviations = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-            handles[f"{family}, {rest}"] = axes.errorbar(
-                [lr for lr, _ in points], [statistics.fmean(values) for _, values in points], deviations,
-                color=f"C{families.index(family) % 10}", linestyle="--" if "constant" in rest else "-",
-                marker="s" if "constant" in rest else "o", capsize=3,
-            )  # fmt: skip
+    lines = {}
+    for runs in configurations.values():
+        r = first(runs)
+        line = lines.setdefault((r.epochs, r.family, r.setting.partition(", ")[2]), [])
+        line.append((r.lr, [100 * s.scores["val"]["accuracy"] for s in runs.values()]))
+    lengths, families = (list(dict.fromkeys(keys)) for keys in list(zip(*sorted(lines)))[:2])
+    figure, handles = new_figure(1 + 5.5 * len(lengths), 5.5), {}
+    panels = dict(zip(lengths, figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]))
+    for (epochs, family, rest), points in sorted(lines.items()):
+        lrs, values = zip(*sorted(points))
+        handles[f"{family}, {rest}"] = panels[epochs].errorbar(
+            lrs, list(map(statistics.fmean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+            color=f"C{families.index(family) % 10}", capsize=3, fmt="s--" if "constant" in rest else "o-",
+        )  # fmt: skip
+    for epochs, axes in panels.items():
         axes.set(xscale="log", xlabel="learning rate", title=f"{epochs} epoch{'s' * (epochs > 1)}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation accuracy (%), mean ± sd over seeds")
@@ -417,132 +370,116 @@ def rates_figure(configurations: dict, results: list[Result]):
 
 
 def mistakes_figure(r: Result):
-    """The twelve most confident mistakes with true and predicted class; None when there are none."""
-    confidence = r.log_probs[r.split].amax(1).exp()
-    wrong = (r.predictions != r.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:12].tolist()
-    if not wrong:
-        return None
+    """The twelve most confident mistakes with true and predicted class."""
+    log_probs, predictions, labels = r.reported()
+    confidence = log_probs.amax(1).exp()
+    order = torch.where(predictions == labels, -1, confidence).argsort(descending=True, stable=True)
     figure = new_figure(10, 8.5)
     figure.suptitle(f"{r.title}: most confident mistakes on {r.split}")
     panels = figure.subplots(3, 4).ravel()
     for axes in panels:
         axes.axis("off")
-    for axes, i in zip(panels, wrong):
+    for axes, i in zip(panels, order[: int((predictions != labels).sum())].tolist()):
         image = r.data.splits[r.split].images[i].permute(1, 2, 0)
-        axes.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        true, told = r.data.classes[r.labels[i]], r.data.classes[r.predictions[i]]
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        true, told = r.data.classes[labels[i]], r.data.classes[predictions[i]]
         axes.set_title(f"true: {true}\npredicted: {told} ({confidence[i]:.1%})", fontsize=9)
     return figure
 
 
-def draw(out: Path, results: list[Result], configurations: dict, chosen: list[dict]) -> dict[str, str]:
-    """Write the pictures to `out`; returns their file names and what they show."""
+def draw(out: Path, results: list[Result], configurations: dict, chosen: list[dict]) -> list[str]:
+    """Write the pictures to `out`; returns their file names."""
     shown = sorted(map(first, chosen), key=lambda r: r.epochs)  # the models of one length side by side
     matrices = {f"{r.title.replace(', ', chr(10))}, {r.split}": r.confusion for r in shown}
-    figures = {
-        "confusion.png": (common.confusion_figure(matrices, results[0].data.classes), "Confusion matrices"),
-        "learning-curves.png": (curves_figure(results, chosen), "Learning curves on validation"),
-    }
+    figures = {"confusion": common.confusion_figure(matrices, results[0].data.classes)}
+    figures["learning-curves"] = curves_figure(results, chosen)
     if len({(r.family, r.lr) for r in results}) > len({r.family for r in results}):
-        figures["accuracy-by-lr.png"] = rates_figure(configurations, results), "Accuracy against learning rate"
-    for family, r in {r.family: r for r in shown}.items():  # the last, so the longest
-        slug = re.sub("[^a-z0-9]+", "-", family.lower()).strip("-")
-        if figure := mistakes_figure(r):
-            figures[f"mistakes-{slug}-e{r.epochs}.png"] = figure, f"Most confident mistakes of {family}"
-    for name, (figure, _) in figures.items():
+        figures["accuracy-by-lr"] = rates_figure(configurations)
+    for r in {r.family: r for r in shown}.values():  # the last, so the longest
+        slug = re.sub("[^a-z0-9]+", "-", r.family.lower()).strip("-")
+        figures[f"mistakes-{slug}-e{r.epochs}"] = mistakes_figure(r)
+    for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
-        common.atomic_write(out / name, buffer.getvalue())
-    return {name: caption for name, (_, caption) in figures.items()}
+        common.atomic_write(out / f"{name}.png", buffer.getvalue())
+    return [f"{name}.png" for name in figures]
 
 
 # -------------------------------------------------------------------------------------------------- report
 
 METHODS = """\
-Of each model and number of epochs the learning rate, schedule and other settings with the best mean validation \
-accuracy over the seeds are shown. ± is the standard deviation (n - 1) over the seeds. The 95% interval is Wilson's \
-for the accuracy shown and the number of images: what another sample of images would give, not another seed.
+The setting of each model with the best mean validation accuracy. ±: standard deviation (n - 1) over seeds. 95% \
+interval: Wilson's, for other images, not for other seeds. Gap: validation minus test accuracy.
 """
 COMPARED = """\
-On the same images, CNN (A) and ViT probe (B) with the same seed, data and number of epochs. "Only A", "only B": \
-images that only one of the two has right; p: McNemar's exact test (binomial, two-sided) of the two counts being \
-equal in expectation; B - A: accuracies, percentage points, with a 95% interval by Agresti and Min (2005; Wald's after \
-half an image is added to each cell of the two by two table). An interval or p is for one pair of trained models.
+Pairs of trained models on the same images. Only A, only B: images that only one of them has right; p: McNemar's \
+exact test; 95% interval of B - A: Agresti and Min (2005; Wald's with half an image added to each of the four cells).
 """
-NAMES = {"val": "validation", "test": "test"}
+
+
+def interval(runs: dict[int, Result]) -> str:
+    share = statistics.fmean(r.scores[r.split]["accuracy"] for r in runs.values())
+    return " to ".join(f"{100 * limit:.2f}" for limit in wilson(share, len(first(runs).reported()[2])))
+
+
+def gap(runs: dict[int, Result]) -> str:
+    gaps = [r.scores["val"]["accuracy"] - r.scores[r.split]["accuracy"] for r in runs.values() if r.split == "test"]
+    return mean_sd([100 * value for value in gaps]) if gaps else "-"
+
+
+# What a column says of a configuration (its runs by seed), or of one run.
+COLUMNS = {
+    "Run": lambda runs: first(runs).run.name,
+    "Model": lambda runs: first(runs).family,
+    "Epochs": lambda runs: first(runs).epochs,
+    "Setting": lambda runs: first(runs).setting,
+    "Seed": lambda runs: first(runs).seed,
+    "Seeds": len,
+    "Best epoch": lambda runs: best_line(first(runs).curve)["epoch"],
+    "Accuracy (%)": lambda runs: score(runs, first(runs).split),
+    "Macro-F1": lambda runs: score(runs, first(runs).split, "macro_f1"),
+    "95% interval (%)": interval,
+    "Validation (%)": lambda runs: score(runs, "val"),
+    "Validation macro-F1": lambda runs: score(runs, "val", "macro_f1"),
+    "Test (%)": lambda runs: score(runs, "test"),
+    "Test macro-F1": lambda runs: score(runs, "test", "macro_f1"),
+    "Gap (points)": gap,
+    "Seconds": lambda runs: f"{sum(line['seconds'] for line in first(runs).curve):.1f}",
+    "Images": lambda runs: f"{len(first(runs).reported()[2]):,} {NAMES[first(runs).split]}",
+}
+BOTH = ["Validation (%)", "Test (%)", "Test macro-F1"]
+RUNS = ["Run", "Model", "Epochs", "Setting", "Seed", "Best epoch", "Validation macro-F1", *BOTH, "Seconds"]
+RATES = ["Model", "Epochs", "Setting", "Seeds", *BOTH]
+RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "95% interval (%)", "Validation (%)", "Gap (points)"]
+RESULTS += ["Setting", "Seeds", "Images"]
+
+
+def table(names: list[str], rows, **more) -> str:
+    """Markdown: the named COLUMNS, and those in `more`, of each of `rows`, which are runs by seed."""
+    columns = {name: COLUMNS[name] for name in names} | more
+    return common.markdown_table(list(columns), [[of(runs) for of in columns.values()] for runs in rows])
 
 
 def about(results: list[Result], configurations: dict, skipped: dict, accelerator) -> str:
     """What was evaluated, where and with what."""
-    now = common.environment(accelerator)
+    now, data = common.environment(accelerator), {r.data.path: r.data for r in results}
+    versions = ", ".join(f"{name} {number}" for name, number in now["versions"].items())
     lines = [
-        f"Made by `{shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])}` on {now['device']}, "
-        + ", ".join(f"{name} {number}" for name, number in now["versions"].items())
-        + f". Trained on {', '.join(sorted({r.device for r in results}))}.",
-        f"{len(results)} classifiers of {len({r.run for r in results})} runs; classes: "
-        + f"{', '.join(results[0].data.classes)}.",
+        f"Made by `{shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])}` on {now['device']}, {versions}.",
+        f"{len(results)} classifiers of {len({r.run for r in results})} runs, trained on "
+        f"{', '.join(sorted({r.device for r in results}))}; classes: {', '.join(results[0].data.classes)}.",
     ]
-    for path, data in {r.data.path: r.data for r in results}.items():
-        counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items())
-        missing = "" if "test" in data.splits else "; there is no test/, so every figure is of validation"
+    for path, d in data.items():
+        counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in d.splits.items())
+        missing = "" if "test" in d.splits else "; there is no test/, so every figure is of validation"
         lines.append(f"Images in `{path}`: {counts}{missing}.")
-    for mark, means in (
-        ("random backbone", "the ViT is not pretrained: a control"),
-        ("recorded features", "the features of the frozen ViT were read from a file, rounded to 8 bits"),
-    ):
+    for mark, means in MARKS.items():
         if runs := sorted({r.run.name for r in results if mark in r.family}):
             lines.append(f'"{mark}": {means}: {", ".join(runs)}.')
     if repeats := len(results) - sum(map(len, configurations.values())):
         lines.append(f"{repeats} repeat options and seed of another: listed in All runs, not counted in any mean.")
     lines += [f"Left out: `{path}`: {why}." for path, why in skipped.items()]
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-def results_table(chosen: list[dict], results: list[Result]) -> str:
-    rows = []
-    for runs in chosen:
-        r, n = first(runs), len(first(runs).labels)
-        low, high = wilson(statistics.fmean(s.scores[r.split]["accuracy"] for s in runs.values()), n)
-        rows.append([
-            r.family, r.epochs, score(runs, r.split), score(runs, r.split, "macro_f1"), f"{100 * low:.2f} to "
-            f"{100 * high:.2f}", score(runs, "val"), configuration(r, results), len(runs), f"{n:,} {NAMES[r.split]}",
-        ])  # fmt: skip
-    header = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "95% interval (%)", "Validation (%)", "Chosen", "Seeds"]
-    return common.markdown_table([*header, "Images"], rows)
-
-
-def runs_table(results: list[Result]) -> str:
-    header = ["Run", "Model", "Epochs", "Setting", "Seed", "Best epoch", "Validation (%)", "Validation macro-F1"]
-    rows = [
-        [
-            r.run.name, r.family, r.epochs, configuration(r, results), r.seed, best_line(r.curve)["epoch"],
-            score({0: r}, "val"), score({0: r}, "val", "macro_f1"), score({0: r}, "test"),
-            score({0: r}, "test", "macro_f1"), f"{r.start + sum(line['seconds'] for line in r.curve):.1f}",
-        ]
-        for r in results
-    ]  # fmt: skip
-    return common.markdown_table([*header, "Test (%)", "Test macro-F1", "Seconds"], rows)
-
-
-def rates_table(configurations: dict, chosen: list[dict], results: list[Result]) -> str:
-    header = ["Model", "Epochs", "Setting", "Seeds", "Validation (%)", "Test (%)", "Test macro-F1", "Chosen"]
-    rows = [
-        [
-            first(runs).family, first(runs).epochs, configuration(first(runs), results), len(runs), score(runs, "val"),
-            score(runs, "test"), score(runs, "test", "macro_f1"), "chosen" if runs in chosen else "",
-        ]
-        for runs in configurations.values()
-    ]  # fmt: skip
-    return common.markdown_table(header, rows)
-
-
-def gap_table(chosen: list[dict]) -> str:
-    rows = []
-    for runs in chosen:
-        gaps = [100 * (r.scores["val"]["accuracy"] - r.scores["test"]["accuracy"]) for r in runs.values()]
-        rows.append([first(runs).family, first(runs).epochs, score(runs, "val"), score(runs, "test"), spread(gaps)])
-    return common.markdown_table(["Model", "Epochs", "Validation (%)", "Test (%)", "Gap (points)"], rows)
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def class_tables(r: Result) -> str:
@@ -550,7 +487,8 @@ def class_tables(r: Result) -> str:
     from sklearn.metrics import precision_recall_fscore_support
 
     names = r.data.classes
-    figures = precision_recall_fscore_support(r.labels, r.predictions, labels=range(len(names)), zero_division=0)
+    _, predictions, labels = r.reported()
+    figures = precision_recall_fscore_support(labels, predictions, labels=range(len(names)), zero_division=0)
     rows = [[name, f"{p:.4f}", f"{c:.4f}", f"{f:.4f}", n] for name, p, c, f, n in zip(names, *figures)]
     text = common.markdown_table(["Class", "Precision", "Recall", "F1", "Support"], rows)
     if len(names) <= 30:
@@ -561,40 +499,36 @@ def class_tables(r: Result) -> str:
 
 def comparisons_table(chosen: list[dict]) -> str:
     """A row for each CNN, ViT probe and common seed that share data and number of epochs; empty if none do."""
+    header = ["A", "B", "Epochs", "Seed", "Images", "Only A", "Only B", "p", "B - A (points)", "95% interval"]
     rows = []
     for a, b in itertools.product(chosen, chosen):
         x, y = first(a), first(b)
-        if not (x.is_cnn and not y.is_cnn and x.epochs == y.epochs and x.data.path == y.data.path):
+        fair = (x.epochs, x.data.path) == (y.epochs, y.data.path)
+        if not (fair and x.family.startswith("CNN") and y.family.startswith("ViT")):
             continue
         for seed in sorted(a.keys() & b.keys()):
-            right = [r.predictions == r.labels for r in (a[seed], b[seed])]
-            t = paired(*right)
+            t = paired(*(predictions == labels for _, predictions, labels in (r[seed].reported() for r in (a, b))))
             rows.append([
-                x.family, y.family, x.epochs, seed, f"{len(x.labels):,} {NAMES[x.split]}", t["only_a"], t["only_b"],
+                x.family, y.family, x.epochs, seed, COLUMNS["Images"](a), t["only_a"], t["only_b"],
                 f"{t['p']:.2g}", f"{100 * t['difference']:+.2f}", f"{100 * t['low']:+.2f} to {100 * t['high']:+.2f}",
             ])  # fmt: skip
-    header = ["A", "B", "Epochs", "Seed", "Images", "Only A", "Only B", "p", "B - A (points)", "95% interval"]
     return common.markdown_table(header, rows) if rows else ""
 
 
-def report(results, configurations, chosen, skipped, pictures: dict[str, str], accelerator) -> str:
+def report(results, configurations, chosen, skipped, pictures: list[str], accelerator) -> str:
     """evaluation.md."""
     parts = ["# Evaluation\n", about(results, configurations, skipped, accelerator)]
-    parts += ["## Results\n", METHODS, results_table(chosen, results), "## All runs\n"]
-    few = len(results) <= ALL_RUNS
-    parts.append(runs_table(results) if few else f"{len(results)}: only the means over the seeds are shown, below.\n")
-    if len(configurations) > len(chosen) or len(results) > len(configurations) or not few:
-        parts += ["## Learning rates and schedules\n", rates_table(configurations, chosen, results)]
-    if tested := [runs for runs in chosen if first(runs).split == "test"]:
-        parts += ["## Validation against test\n", "The gap is validation minus test.\n", gap_table(tested)]
-    if compared := comparisons_table(chosen):
-        compared = ["## CNN against ViT probe\n", COMPARED, compared]
+    parts += ["## Results\n", METHODS, table(RESULTS, chosen)]
+    if len(results) > len(chosen):
+        mark = {"Chosen": lambda runs: "chosen" if runs in chosen else ""}
+        parts += ["## Learning rates and schedules\n", table(RATES, configurations.values(), **mark)]
     parts.append("## Classes\n")
     for r in map(first, chosen):
-        title = f"{r.title}, {configuration(r, results)}, seed {r.seed}, {NAMES[r.split]}"
-        parts += [f"### {title}\n", class_tables(r)]
-    parts += compared
-    parts += ["## Pictures\n", *(f"![{caption}]({name})\n" for name, caption in pictures.items())]
+        parts += [f"### {r.title}, {r.setting}, seed {r.seed}, {NAMES[r.split]}\n", class_tables(r)]
+    if compared := comparisons_table(chosen):
+        parts += ["## CNN against ViT probe\n", COMPARED, compared]
+    parts += ["## Pictures\n", *(f"![{Path(name).stem}]({name})\n" for name in pictures)]
+    parts += ["## All runs\n", table(RUNS, [{r.seed: r} for r in results])]
     return "\n".join(parts)
 
 
@@ -620,7 +554,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw(out, results, configurations, chosen)
     common.atomic_write(out / "evaluation.md", report(results, configurations, chosen, skipped, pictures, accelerator))
-    print(results_table(chosen, results) + f"\nwritten: {out / 'evaluation.md'}, {', '.join(pictures)}")
+    print(table(RESULTS, chosen) + f"\nwritten: {out / 'evaluation.md'}, {', '.join(pictures)}")
     return 1 if skipped else 0
 
 

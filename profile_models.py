@@ -4,11 +4,11 @@
     python profile_models.py --speed                     writes speed.md: this project against the usual way
     python profile_models.py --speed pipeline tricks     only these of its tables
 
-Reads data/{train,val}/<class>/* (made from archive.zip when missing); the tables go to --out (results/), the
-traces to profile/: open them at https://ui.perfetto.dev. No weights are needed: the ViT is a random backbone
-here, as time does not depend on the values. Memory is that of fresh processes.
+The tables go to --out (results/), the traces to profile/: open them at https://ui.perfetto.dev. No weights are
+needed: the ViT is a random backbone here, as time does not depend on the values. Memory is that of fresh processes.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -39,15 +39,14 @@ ROWS = {
     "cached": "ViT-Tiny probe, cached features",
 }
 STEP, LOAD = "python: training step", "python: load and augment"
-IMPORTS = {
-    "torch": "import torch",
-    "torchvision": "import torchvision",
-    "accelerate": "from accelerate import Accelerator",
-    "timm": "import timm",
-    "sklearn": "import sklearn.metrics",
-    "matplotlib": "import matplotlib.figure",
-    "tensorboard": "import torch.utils.tensorboard",
-}
+PACKAGES = ("torch", "torchvision", "accelerate", "timm", "sklearn", "matplotlib", "tensorboard")
+IMAGE_SIZE = 224  # side of the ViT's input, px
+STEPS, VIT_STEPS = 150, 10  # to time, of the cheap rows and where the backbone runs
+REPEATS = 2  # of each side of a comparison in --speed
+RESIDENT_MEMORY = """peak resident memory (VmHWM of `/proc/self/status`) of a fresh process that imports, loads the data
+  and trains; in brackets the part above what was resident before the first step."""
+DEVICE_MEMORY = """most device memory allocated at once (`torch.cuda.max_memory_allocated`).
+- Device idle: 1 - the time of a step's kernels in the last trace / the time of a step."""
 
 # ------------------------------------------------------------------------------------------------- helpers
 
@@ -78,11 +77,11 @@ print(peak / 1e6, file=sys.stderr)
 sys.exit(code)"""
 
 
-def run(*argv) -> SimpleNamespace:
+def run(*argv, codes=(0,)) -> SimpleNamespace:
     """Run Python in a process of its own: its wall `seconds`, peak resident memory `peak` (MB), `output`.
 
-    Of a process with children (loader workers) the peak is the largest one's. Raises UserError with the
-    process's last words when it ends with a user's mistake.
+    Of a process with children (loader workers) the peak is the largest one's. Raises UserError with the process's
+    last words when it ends with a user's mistake, RuntimeError for another exit code than `codes`.
     """
     command = [sys.executable, "-c", LAUNCH, sys.executable, *map(str, argv)]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -92,7 +91,7 @@ def run(*argv) -> SimpleNamespace:
     *words, peak = done.stderr.strip().splitlines()
     if done.returncode == 2 and words:
         raise UserError(words[-1].removeprefix("-c: "))
-    if done.returncode:
+    if done.returncode not in codes:
         raise RuntimeError(f"{command[3:]} ended with {done.returncode}:\n{done.stderr}")
     return SimpleNamespace(seconds=seconds, peak=float(peak), output=done.stdout)
 
@@ -126,8 +125,8 @@ def machine(environment: dict) -> str:
 def build(row: str, accelerator, data: common.Data, image_size: int) -> SimpleNamespace:
     """The training of a row of ROWS as its script sets it up: `task`, prepared, with its inputs in two parts.
 
-    `load(index, epoch)` gives a batch (augmented images, or cached features) and `forward` makes of it what
-    the frozen backbone, if it runs every step, does. `modules` hold all parameters.
+    `load(index, epoch)` gives a batch (augmented images, or cached features), `forward` is the frozen backbone where
+    it runs every step. `modules` hold all parameters.
     """
     script = importlib.import_module("train_cnn" if row == "cnn" else "train_vit_probe")
     options = script.make_parser().parse_args(["--data-dir", data.path])
@@ -142,7 +141,7 @@ def build(row: str, accelerator, data: common.Data, image_size: int) -> SimpleNa
         features |= {"train": [features["train"]], "tokens": script.TOKENS}
         config = script.make_config(options, data, backbone, 0.0, accelerator)
         task = script.make_task(options, config, data, features, accelerator)
-        parts = SimpleNamespace(modules=[task.model, backbone.module], backbone=backbone)
+        parts = SimpleNamespace(modules=[task.model, backbone.module])
     parts.load, parts.forward = task.inputs, lambda x: x
     if row == "vit":
         images = data.splits["train"].images.to(accelerator.device)
@@ -160,8 +159,7 @@ def steps_of(accelerator, task: common.Task, count: int):
 
 
 def train(accelerator, task: common.Task, count: int) -> None:
-    for _ in steps_of(accelerator, task, count):
-        pass
+    collections.deque(steps_of(accelerator, task, count), maxlen=0)
 
 
 def load_batches(parts, count: int, epoch: int = 0) -> None:
@@ -188,8 +186,7 @@ def gflops(parts) -> float:
 
 def write_trace(accelerator, parts, epochs: int, steps: int, path: Path):
     """Profile the first `steps` steps of each of `epochs` epochs; write the trace, return the profiler."""
-    load = parts.load
-    parts.load = torch.profiler.record_function(LOAD)(load)
+    load, parts.load = parts.load, torch.profiler.record_function(LOAD)(parts.load)
     with accelerator.profile() as profiler:
         for epoch in range(epochs):
             stream = common.train_steps(accelerator, parts.task, epoch)
@@ -212,10 +209,10 @@ def operators(profiler, cuda: bool) -> tuple[list[list], float]:
     events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
     if cuda:
         events = [e for e in events if e.key not in (STEP, LOAD) and not getattr(e, "is_user_annotation", False)]
-    times = {e.key: (getattr(e, key), e.count) for e in events}
-    total = sum(time for time, _ in times.values()) or 1
-    top = sorted(times.items(), key=lambda item: -item[1][0])[:10]
-    return [[f"`{n}`", f"{t / 1e3:.1f}", f"{t / total:.1%}", calls] for n, (t, calls) in top], total / 1e6
+    events.sort(key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in events) or 1
+    times = [(e.key, getattr(e, key), e.count) for e in events[:10]]
+    return [[f"`{name}`", f"{t / 1e3:.1f}", f"{t / total:.1%}", calls] for name, t, calls in times], total / 1e6
 
 
 def measure(row: str, precision, epochs: list[int], data_dir: str, image_size: int, count: int, copies=1.0) -> None:
@@ -223,23 +220,20 @@ def measure(row: str, precision, epochs: list[int], data_dir: str, image_size: i
 
     Writes a trace for each of `epochs`. `copies`: train on so many times the training images.
     """
-    probe = importlib.import_module("train_vit_probe") if row != "cnn" else None
-    accelerator = common.make_accelerator(probe.default_precision(precision) if probe else precision)
+    default = importlib.import_module("train_vit_probe").default_precision if row != "cnn" else lambda asked: asked
+    accelerator = common.make_accelerator(default(precision))
     cuda = accelerator.device.type == "cuda"
     data = common.load_data(data_dir, 28)
     split = data.splits["train"]
     pick = torch.arange(round(copies * len(split.labels))) % len(split.labels)
-    split = common.Split(split.images[pick], split.labels[pick], [split.paths[i] for i in pick])
-    data.splits["train"] = split
+    split.images, split.labels, split.paths = split.images[pick], split.labels[pick], [split.paths[i] for i in pick]
     parts = build(row, accelerator, data, image_size)
     task = parts.task
     before = resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     train(accelerator, task, 2 if row == "vit" else min(20, count))  # warm-up
-    times = [now()]
-    for _ in steps_of(accelerator, task, count):
-        times.append(now())
+    times = [now(), *(now() for _ in steps_of(accelerator, task, count))]
     steps = sorted(1e3 * (after - before) for before, after in itertools.pairwise(times))
     whole, data_only = interleaved(1, lambda: train(accelerator, task, count), lambda: load_batches(parts, count))
     peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
@@ -266,17 +260,8 @@ def measure(row: str, precision, epochs: list[int], data_dir: str, image_size: i
         traces.append([f"`{path}`", number, f"{n} of {len(task.batches)}", f"{path.stat().st_size / 1e6:.1f}"])
         if cuda:
             cells["Device idle"] = f"{1 - busy / (number * n) / (whole / count):.1%}"
-    extraction = None
-    if row == "cached":
-        few = common.Split(*(part[:320] for part in (split.images, split.labels, split.paths)))
-        with tempfile.TemporaryDirectory() as folder:
-            probe.CACHE = Path(folder)
-            rate = len(few.labels) / probe.extract(accelerator, parts.backbone, few)[1]
-        images = sum(len(split.labels) for split in data.splits.values())
-        extraction = f"{rate:.1f} images/s, so {images / rate:.1f} s for the {images:,} images of train and val"
-    out = {"cells": cells, "traces": traces, "operators": top, "extraction": extraction, "median": median}
-    environment = common.environment(accelerator)
-    print(json.dumps(out | {"environment": environment, "peak_memory": peak, "bytes": split.images.nbytes}))
+    out = {"cells": cells, "traces": traces, "operators": top, "median": median, "peak_memory": peak}
+    print(json.dumps(out | {"environment": common.environment(accelerator), "bytes": split.images.nbytes}))
 
 
 def profile(args) -> str:
@@ -284,28 +269,18 @@ def profile(args) -> str:
     results = []
     for precision, row in itertools.product(args.mixed_precision or [None], ROWS):
         print(f"profiling: {ROWS[row]}" + (f", {precision_name(precision)}" if precision else ""), flush=True)
-        count = args.vit_steps if row == "vit" else args.steps
-        results.append(call("measure", row, precision, args.epochs, args.data_dir, args.vit_image_size, count))
+        count = VIT_STEPS if row == "vit" else STEPS
+        results.append(call("measure", row, precision, args.epochs, args.data_dir, IMAGE_SIZE, count))
     cells = [result.cells for result in results]
-    cuda = "Device idle" in cells[0]
-    memory = (
-        "the most device memory that was allocated at once (`torch.cuda.max_memory_allocated`)"
-        if cuda
-        else "the peak resident memory (VmHWM of `/proc/self/status`) of a fresh process that imports, loads the data "
-        "and trains, with nothing else in it; in brackets the part above what was resident before the first step"
-    )
-    idle = "\n- Device idle: 1 - the time of a step's kernels in the last trace / the time of a step." if cuda else ""
     text = [
         f"# Profile of the training\n\n{machine(results[0].environment)}",
-        f"ViT: random backbone (time does not depend on its values), {args.vit_image_size} px.\n",
+        f"ViT: random backbone (time does not depend on its values), {IMAGE_SIZE} px.\n",
         markdown_table(list(cells[0]), [list(line.values()) for line in cells]),
-        f"""- Times: without the profiler, after a warm-up; {args.steps} steps, {args.vit_steps} with the backbone.
+        f"""- Times: without the profiler, after a warm-up; {STEPS} steps, {VIT_STEPS} with the backbone.
 - Waiting for data: loader and augmentation (or reading cached features) by themselves, as a share of the step.
-- Peak memory: {memory}.
+- Peak memory: {DEVICE_MEMORY if "Device idle" in cells[0] else RESIDENT_MEMORY}
 - GFLOPs: forward pass in training, 2 a multiply-add of convolutions, linear layers and attention
   (`torch.utils.flop_counter`); normalisation, activations, pooling and augmentation do not count.
-- Cached features: extracted once, at {[result.extraction for result in results if result.extraction][0]}.
-  "Backbone every step" is what training on freshly augmented images costs instead.{idle}
 
 ## Traces
 
@@ -324,10 +299,7 @@ Training steps, no validation; of each epoch the first steps, so that a trace st
 
 
 def usual_loader(folder: Path, size: int, training: bool, workers: int, bicubic=False, images=None, batch_size=64):
-    """ImageFolder, PIL transforms with this project's augmentation, DataLoader; grey at the CNN's 28 px.
-
-    `images`: so many of the images, evenly spread, instead of all.
-    """
+    """ImageFolder, PIL transforms with this project's augmentation, DataLoader; `images`: so many, evenly spread."""
     from torchvision import datasets
     from torchvision import transforms as t
 
@@ -335,7 +307,7 @@ def usual_loader(folder: Path, size: int, training: bool, workers: int, bicubic=
     scale = importlib.import_module("train_cnn").make_parser().get_default("crop_scale")
     crop = [t.RandomResizedCrop(size, (scale, 1.0), common.CROP_RATIO, how), t.RandomHorizontalFlip()]
     steps = crop if training else [t.Resize(size, how), t.CenterCrop(size)]
-    grey = [t.Grayscale(1)] if size == 28 else []
+    grey = [] if bicubic else [t.Grayscale(1)]
     data = datasets.ImageFolder(str(folder), t.Compose([*grey, *steps, t.ToTensor(), t.Normalize([0.5], [0.5])]))
     if images:
         data = Subset(data, torch.linspace(0, len(data) - 1, images).long().tolist())
@@ -356,24 +328,21 @@ def textbook(epochs: int, data_dir: str = "data", workers: int = 0, started: flo
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 3 * 3, len(train_loader.dataset.classes))).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     first_step = None
-    for epoch in range(epochs):
+    for _ in range(epochs):
         model.train()
-        train_loss = correct = 0
+        correct = 0
         for x, y in train_loader:
             x, y = x.to(device), y.to(device)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
-            train_loss += loss.item() * len(y)
             first_step = first_step or time.time() - started
         model.eval()
         with torch.no_grad():
             for x, y in val_loader:
                 correct += (model(x.to(device)).argmax(1) == y.to(device)).sum().item()
-        accuracy = correct / len(val_loader.dataset)
-        print(f"epoch {epoch + 1}: loss {train_loss / len(train_loader.dataset):.4f}, accuracy {accuracy:.2%}")
-    print(json.dumps({"first_step": first_step, "accuracy": accuracy}))
+    print(json.dumps({"first_step": first_step, "accuracy": correct / len(val_loader.dataset)}))
 
 
 def watch(script: str, argv: list, name: str, started: float) -> None:
@@ -392,7 +361,7 @@ def watch(script: str, argv: list, name: str, started: float) -> None:
                 now()
                 out["first_step"] = time.time() - started
             yield result
-        out.setdefault("loaded", [package for package in IMPORTS if package in sys.modules])
+        out.setdefault("loaded", [package for package in PACKAGES if package in sys.modules])
 
     def watched_forward(*args):
         start = now()
@@ -419,20 +388,23 @@ def process_table(bench):
     three blocks of convolution, batch norm, ReLU and pooling (32-64-128) and Adam. Ratio: to the better of the
     usual ways (target: at most 0.35). The first step's time is from the start of the process.
     """
-    cores, seen = os.cpu_count(), {"ours": [], 0: [], os.cpu_count(): []}
-
-    def usual(workers):
-        return lambda: seen[workers].append(call("textbook", bench.epochs, str(bench.data_dir), workers, time.time()))
-
-    ours = functools.partial(bench.watch, "train_cnn", "--epochs", bench.epochs)
-    seconds = interleaved(bench.repeats, lambda: seen["ours"].append(ours()), usual(0), usual(cores))
-    names = [f"ours, {bench.epochs} epochs", "usual, 0 workers", f"usual, {cores} workers"]
-    rows = []
-    for name, s, runs in zip(names, seconds, seen.values()):
+    cores, seen = os.cpu_count(), {}
+    train = functools.partial(call, "textbook", bench.epochs, str(bench.data_dir))
+    sides = {
+        "ours": lambda: bench.watch("train_cnn", "--epochs", bench.epochs),
+        "usual, 0 workers": lambda: train(0, time.time()),
+        f"usual, {cores} workers": lambda: train(cores, time.time()),
+    }
+    for name in [*sides, *(REPEATS - 1) * list(sides)[:2]]:  # with workers once, to save time
+        seen.setdefault(name, []).append(sides[name]())
+    seconds = {name: statistics.median(r.seconds for r in runs) for name, runs in seen.items()}
+    rows, usual = [], min(s for name, s in seconds.items() if name != "ours")
+    for name, runs in seen.items():
         first, peak = statistics.median(r.first_step for r in runs), max(r.peak for r in runs)
-        ratio = f"{s / min(seconds[1:]):.2f}"
-        rows.append([name, f"{s:.1f}", ratio, f"{runs[-1].accuracy:.2%}", f"{first:.1f}", f"{peak:,.0f}"])
-    yield ["Process", "Seconds", "Ratio", "Validation accuracy", "First step after, s", "Peak memory, MB"], rows
+        s, accuracy = seconds[name], f"{runs[-1].accuracy:.2%}"
+        rows.append([name, len(runs), f"{s:.1f}", f"{s / usual:.2f}", accuracy, f"{first:.1f}", f"{peak:,.0f}"])
+    header = [f"{bench.epochs} epochs", "Runs", "Seconds", "Ratio", "Validation accuracy", "First step after, s"]
+    yield [*header, "Peak memory, MB"], rows
 
 
 def pipeline_table(bench):
@@ -443,18 +415,19 @@ def pipeline_table(bench):
     last column says how many times as fast ours is (target at 28 px: 20 with 0 workers).
     """
     rows, cores = [], os.cpu_count()
-    for size, parts, most in ((28, bench.cnn, 75), (bench.image_size, bench.vit, 30)):
-        batches = min(most, len(parts.task.batches))
-        batch_size, epochs = parts.task.batch_size, itertools.count()
-        images, bicubic = batches * batch_size, parts is bench.vit
+    for size, parts, most in ((28, bench.cnn, 75), (IMAGE_SIZE, bench.vit, 30)):
+        batch_size, batches, epochs = parts.task.batch_size, min(most, len(parts.task.batches)), itertools.count()
+        images = batches * batch_size
 
-        def usual(workers, options=(bicubic, images, batch_size), size=size):
+        def ours(parts=parts, batches=batches, epochs=epochs):
+            load_batches(parts, batches, next(epochs))
+
+        def usual(workers, options=(parts is bench.vit, images, batch_size), size=size):
             loader = usual_loader(bench.data_dir / "train", size, True, workers, *options)
             return lambda: [x.to(bench.accelerator.device) for x, _ in loader]
 
-        ours = functools.partial(lambda p, n, epochs: load_batches(p, n, next(epochs)), parts, batches, epochs)
         ours()  # warm-up
-        seconds = interleaved(bench.repeats, ours, usual(0), usual(cores))
+        seconds = interleaved(REPEATS, ours, usual(0), usual(cores))
         for name, s in zip(("ours", "usual, 0 workers", f"usual, {cores} workers"), seconds):
             rows.append([f"{size} px, {name}", f"{images:,}", f"{images / s:,.0f}", f"{s / seconds[0]:.1f}"])
     yield ["Pipeline", "Images", "Images/s", "Ours is x times as fast"], rows
@@ -467,15 +440,15 @@ def epoch_table(bench):
     metrics, TensorBoard and checkpoint (of the validation only 8 images), against the same steps on one batch
     that is ready on the device. Epochs of both in turn; target: at most 1.10.
     """
-    fixed = build("cnn", bench.accelerator, bench.data, bench.image_size)
+    import train_cnn
+
+    fixed = build("cnn", bench.accelerator, bench.data, IMAGE_SIZE)
     index = next(iter(fixed.task.loader))
     x = fixed.load(index, 0)
     fixed.load, fixed.task.loader = lambda index, epoch: x, [index] * len(fixed.task.batches)
-    import train_cnn
-
     config = train_cnn.make_config(train_cnn.make_parser().parse_args([]), bench.data, bench.accelerator)
     path = common.open_run(bench.accelerator, "epoch-table", config, False)
-    task = dataclasses.replace(bench.cnn.task, epochs=2 * bench.repeats + 2, val_labels=bench.cnn.task.val_labels[:8])
+    task = dataclasses.replace(bench.cnn.task, epochs=2 * REPEATS + 2, val_labels=bench.cnn.task.val_labels[:8])
     steps, whole, alone, ended = common.train_steps, [], [], [now()]
 
     def paced(accelerator, task, epoch, start=0):
@@ -511,7 +484,7 @@ def probe_table(bench):
         [f"whole process, {bench.epochs} epochs", f"{done.seconds:.1f}", f"{done.seconds / done.forward:.3f}"],
         ["an epoch after the extraction (median)", f"{statistics.median(done.epochs):.3f}", ""],
     ]
-    yield [f"Probe, {bench.image_size} px", "Seconds", "Ratio"], rows
+    yield [f"Probe, {IMAGE_SIZE} px", "Seconds", "Ratio"], rows
 
 
 def forward_table(bench):
@@ -524,7 +497,7 @@ def forward_table(bench):
 
     probe, device = importlib.import_module("train_vit_probe"), bench.accelerator.device
     batch = 256 if device.type == "cuda" else 16
-    cases = [(bench.image_size, batch), (bench.image_size, 64), (160, batch), (112, batch)]
+    cases = [(IMAGE_SIZE, batch), (IMAGE_SIZE, 64), (160, batch), (112, batch)]
     precisions = ["no"] + ["bf16"] * (probe.default_precision(None) == "bf16")
     rows = []
     for (size, batch), precision in itertools.product(cases, precisions):
@@ -538,7 +511,7 @@ def forward_table(bench):
 
         sides = functools.partial(probe.forward_tokens, backbone, x), validate
         interleaved(1, *sides)  # warm-up
-        rates = [batch / seconds for seconds in interleaved(5 * bench.repeats, *sides)]
+        rates = [batch / seconds for seconds in interleaved(3 * REPEATS, *sides)]
         name = f"{size} px, batch {batch}, {precision_name(precision)}"
         rows.append([name, *(f"{rate:,.1f}" for rate in rates), f"{rates[0] / rates[1]:.2f}"])
     yield ["Forward pass", "Ours, images/s", "timm, images/s", "Ratio"], rows
@@ -548,33 +521,24 @@ def scripts_table(bench):
     """Start-up and memory of each script
 
     One epoch each. Seconds from the start of the process to its end and to the end of the first training step,
-    peak resident memory, the larger packages that are loaded when the epoch's steps are done; what importing
-    each of them costs in a process that has torch; and the CNN's training on the training images and on 7.5
-    times as many (the same ones repeated; on a GPU its device memory).
+    peak resident memory, the larger packages that are loaded when the epoch's steps are done; and the CNN's
+    training on the training images and on 7.5 times as many (the same ones repeated; on a GPU its device memory).
     """
-    prepared = run(HERE / "prepare_data.py", "--out", "prepared")
     runs = {
-        "prepare_data.py": prepared,
+        "prepare_data.py": run(HERE / "prepare_data.py", "--out", "prepared"),
         "train_cnn.py": bench.watch("train_cnn", "--epochs", 1),
         f"train_vit_probe.py ({bench.epochs} epochs)": bench.probe(),
         "train_vit_probe.py, cached features": bench.watch("train_vit_probe", *bench.vit_options, "--epochs", 1),
-        "evaluate.py, all these runs": run(HERE / "evaluate.py"),
+        "evaluate.py, all these runs": run(HERE / "evaluate.py", codes=(0, 1)),
     }
     rows = []
     for name, done in runs.items():
         first = f"{done.first_step:.2f}" if hasattr(done, "first_step") else ""
         rows.append([name, f"{done.seconds:.1f}", first, f"{done.peak:,.0f}", ", ".join(getattr(done, "loaded", []))])
     yield ["Script", "Seconds", "First step after, s", "Peak memory, MB", "Packages"], rows
-    rows = []
-    for statement in IMPORTS.values():
-        first = "import torch; " if statement != IMPORTS["torch"] else ""
-        code = f"import time; {first}began = time.perf_counter(); {statement}; print(time.perf_counter() - began)"
-        seconds = statistics.median(float(run("-c", code).output) for _ in range(bench.repeats))
-        rows.append([f"`{statement}`", f"{seconds:.2f}"])
-    yield ["Import", "Seconds"], rows
     results = {1.0: [], 7.5: []}
-    for _, copies in itertools.product(range(bench.repeats), results):
-        results[copies].append(call("measure", "cnn", "no", [], str(bench.data_dir), 224, bench.steps, copies))
+    for _, copies in itertools.product(range(REPEATS), results):
+        results[copies].append(call("measure", "cnn", "no", [], str(bench.data_dir), IMAGE_SIZE, STEPS, copies))
     rows, base = [], statistics.median(r.median for r in results[1.0])
     for copies, done in results.items():
         step, peak = (statistics.median(getattr(r, key) for r in done) for key in ("median", "peak_memory"))
@@ -589,85 +553,65 @@ def tricks_table(bench):
     A training step in fp32 with one thing changed, a few dozen steps of each in turn, several times. Ratio: to
     the step as it is: above 1 the trick that was undone is a gain, below 1 the change would be one.
     """
-    device, count = bench.accelerator.device, min(40, bench.steps)
+    device, count, sides = bench.accelerator.device, min(40, STEPS), []
 
-    def plain_layout(parts):
-        parts.task.model.to(memory_format=torch.contiguous_format)
-
-    def loop_optimizer(parts):
-        for group in parts.task.optimizer.param_groups:
-            group["fused"] = False
-
-    def pool_last(parts):
-        layers = list(parts.task.model.features)
-        parts.task.model.features = nn.Sequential(*(layers[b + i] for b in (0, 4, 8) for i in (0, 2, 3, 1)))
-
-    def autocast(parts):
-        parts.task.model.forward = torch.autocast(device.type, torch.bfloat16)(parts.task.model.forward)
+    def pool_last(model):
+        layers = list(model.features)
+        model.features = nn.Sequential(*(layers[b + i] for b in (0, 4, 8) for i in (0, 2, 3, 1)))
 
     def pil(parts):
         files = usual_loader(bench.data_dir / "train", 28, True, 0).dataset
         parts.load = lambda index, epoch: torch.stack([files[i][0] for i in index.tolist()]).to(device)
 
+    bf16 = torch.autocast(device.type, torch.bfloat16)
     changes = {
         "as it is": lambda parts: None,
-        "without channels-last": plain_layout,
-        "without the fused optimiser": loop_optimizer,
-        "pooling after batch norm and ReLU, not before": pool_last,
-        "with bf16 autocast": autocast,
+        "without channels-last": lambda parts: parts.task.model.to(memory_format=torch.contiguous_format),
+        "without the fused optimiser": lambda parts: [g.update(fused=False) for g in parts.task.optimizer.param_groups],
+        "pooling after batch norm and ReLU, not before": lambda parts: pool_last(parts.task.model),
+        "with bf16 autocast": lambda parts: setattr(parts.task.model, "forward", bf16(parts.task.model.forward)),
         "PIL in the training loop, not batched tensor code": pil,
     }
-    sides = []
     for change in changes.values():
-        parts = build("cnn", bench.accelerator, bench.data, bench.image_size)
+        parts = build("cnn", bench.accelerator, bench.data, IMAGE_SIZE)
         change(parts)
         train(bench.accelerator, parts.task, 5)  # warm-up
         sides.append(functools.partial(train, bench.accelerator, parts.task, count))
-    seconds = interleaved(2 * bench.repeats + 1, *sides)
+    seconds = interleaved(2 * REPEATS + 1, *sides)
     rows = [[name, f"{1e3 * s / count:.2f}", f"{s / seconds[0]:.2f}"] for name, s in zip(changes, seconds)]
     yield ["Step", "ms", "Ratio"], rows
 
 
-TABLES = {
-    "process": process_table,
-    "pipeline": pipeline_table,
-    "epoch": epoch_table,
-    "probe": probe_table,
-    "forward": forward_table,
-    "scripts": scripts_table,
-    "tricks": tricks_table,
-}
+TABLES = [process_table, pipeline_table, epoch_table, probe_table, forward_table, scripts_table, tricks_table]
+TABLES = {table.__name__.removesuffix("_table"): table for table in TABLES}
 
 
-def speed(args) -> str:
-    """The text of speed.md. Runs and caches go to a temporary folder."""
-    bench = SimpleNamespace(epochs=args.epochs[-1], repeats=args.repeats, steps=args.steps)
-    bench.image_size = args.vit_image_size
-    bench.data_dir = Path(args.data_dir).resolve()
-    bench.vit_options = ["--no-pretrained", "--image-size", bench.image_size]
+def speed(args, out: Path) -> None:
+    """Write speed.md, anew after each table. Runs and caches go to a temporary folder."""
+    bench = SimpleNamespace(epochs=args.epochs[-1], data_dir=Path(args.data_dir).resolve())
     names = (f"watch-{i}" for i in itertools.count())
 
     def watched(script, *options):
         options = [*map(str, options), "--data-dir", str(bench.data_dir)]
         return call("watch", script, options, next(names), time.time())
 
-    bench.watch = watched
+    bench.watch, bench.vit_options = watched, ["--no-pretrained", "--image-size", IMAGE_SIZE]
     # Run once: several tables need it, and it is the longest. Its features are then cached for the others.
     bench.probe = functools.cache(lambda: watched("train_vit_probe", *bench.vit_options, "--epochs", bench.epochs))
     bench.accelerator = common.make_accelerator("no")
     bench.data = common.load_data(str(bench.data_dir), 28)
-    bench.cnn, bench.vit = (build(row, bench.accelerator, bench.data, bench.image_size) for row in ("cnn", "vit"))
+    bench.cnn, bench.vit = (build(row, bench.accelerator, bench.data, IMAGE_SIZE) for row in ("cnn", "vit"))
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in bench.data.splits.items())
-    text = [f"# Speed\n\n{machine(common.environment(bench.accelerator))}"]
-    text.append(f"Data: {counts} images. Ratios are of medians, all sides measured in turn in one run.\n")
+    text = f"# Speed\n\n{machine(common.environment(bench.accelerator))}\n"
+    text += f"Data: {counts} images. Ratios are of medians, all sides measured in turn in one run.\n"
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in args.speed or TABLES:
             title, intro = inspect.getdoc(TABLES[name]).split("\n\n", 1)
             print(f"measuring: {title}", flush=True)
             tables = "\n".join(markdown_table(header, rows) for header, rows in TABLES[name](bench))
             print(tables, flush=True)
-            text.append(f"## {title}\n\n{intro}\n\n{tables}")
-    return "\n".join(text)
+            text += f"\n## {title}\n\n{intro}\n\n{tables}"
+            common.atomic_write(out, text)
 
 
 def main() -> int:
@@ -678,18 +622,15 @@ def main() -> int:
     add("--out", default="results", help="folder for profile.md and speed.md (results)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], nargs="+", help="default: as the training scripts do")
     add("--speed", choices=list(TABLES), nargs="*", help="write speed.md instead, with all tables or these")
-    add("--repeats", type=whole, default=3, help="of each side of a comparison in --speed (3)")
-    add("--steps", type=whole, default=150, help="steps to time (150), and half as many as are traced at most")
-    add("--vit-steps", type=whole, default=10, help="steps to time where the ViT's backbone runs (10)")
-    add("--vit-image-size", type=common.number(int, 16, 1024), default=224, help="side of the ViT's input, px (224)")
     args = parser.parse_args()
-    if args.vit_image_size % 16:
-        raise UserError(f"--vit-image-size {args.vit_image_size}: the ViT's patches need a multiple of 16")
     args.epochs = args.epochs or ([1, 3] if args.speed is None else [10])
     common.load_data(args.data_dir, 28)  # prepares the default data, and says what is wrong with others
     out = Path(args.out).resolve() / ("profile.md" if args.speed is None else "speed.md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(out, profile(args) if args.speed is None else speed(args))
+    if args.speed is None:
+        common.atomic_write(out, profile(args))
+    else:
+        speed(args, out)
     print(f"wrote {out}")
     return 0
 

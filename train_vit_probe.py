@@ -120,8 +120,8 @@ def make_module(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    if image_size % 16:
-        raise UserError(f"--image-size {image_size}: the ViT's patches need a multiple of 16")
+    if image_size % 16 or image_size < 32:
+        raise UserError(f"--image-size {image_size}: the ViT's patches need a multiple of 16, at least 32")
     torch.manual_seed(common.key_seed(seed, "backbone"))
     module = timm.create_model(MODEL, num_classes=0, img_size=image_size)
     if file:
@@ -147,13 +147,16 @@ def open_backbone(accelerator, weights, pretrained: bool, image_size: int, preci
         identity = {"backbone": MODEL, "weights": "random backbone", "sha256": f"seed {seed}"}
         return Backbone(identity, make_module(None, image_size, seed).to(device), image_size, precision, device)
     if not bundled:
-        try:
-            with accelerator.local_main_process_first():
-                file = find_weights(weights)
-        except UserError as error:
-            if bundled is False or weights or image_size != 224 or not BUNDLED.exists():
-                raise
-            accelerator.print(f"{error}\nusing the recorded features of the default images, {BUNDLED.name}")
+        with accelerator.local_main_process_first():
+            try:
+                file, missing = find_weights(weights), None
+            except UserError as error:  # leaving the block by it would leave the other processes waiting
+                file, missing = None, error
+        if missing:
+            named = weights or os.environ.get("VIT_TINY_WEIGHTS")
+            if bundled is False or named or image_size != 224 or not BUNDLED.exists():
+                raise missing
+            accelerator.print(f"{missing}\nusing the recorded features of the default images, {BUNDLED.name}")
         else:
             identity = {"backbone": MODEL, "weights": "pretrained", "sha256": common.file_sha256(file)}
             return Backbone(identity, make_module(file, image_size).to(device), image_size, precision, device)
@@ -387,6 +390,7 @@ def main() -> int:
             extract(accelerator, backbone, data.splits["train"], view, one.crop_scale, one.seed[0]) for view in views
         ]
         seconds = val_seconds + sum(s for _, s in train)
+        accelerator.print(f"features of {len(train)} x train and val: {seconds:.1f} s to compute, kept in {CACHE}/")
         config = make_config(one, data, backbone, seconds, accelerator)
         task = make_task(
             one, config, data, {"train": [x for x, _ in train], "val": val, "tokens": backbone.tokens}, accelerator

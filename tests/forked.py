@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -67,7 +68,9 @@ def at_place(act):
             self.file.write(data[len(data) // 2 :])
 
     fdopen = os.fdopen
-    os.fdopen = lambda handle, mode, *args: Halves(fdopen(handle, mode)) if mode == "wb" else fdopen(handle, mode, *args)
+    os.fdopen = lambda handle, mode, *args: (
+        Halves(fdopen(handle, mode)) if mode == "wb" else fdopen(handle, mode, *args)
+    )
     around(os, "replace", lambda args: os.path.basename(args[1]))
     around(os, "rename", lambda args: "making the folder")
     around(torch.optim.AdamW, "step", lambda args: "a step")
@@ -93,7 +96,8 @@ def write_places(file):
     at_place(lambda here: log.write(here + "\n"))
 
 
-def child(script, args, cwd, output, hook, hook_args):
+def child(script, args, cwd, output, hook, hook_args, env):
+    os.environ.update(env)
     gc.freeze()  # a collection would otherwise copy all that is shared with the server
     os.chdir(cwd)
     for stream in (1, 2):
@@ -109,10 +113,11 @@ def child(script, args, cwd, output, hook, hook_args):
     common.cli(module.main)
 
 
-def start(script, *args, cwd, hook=None, hook_args=()):
+def start(script, *args, cwd, hook=None, hook_args=(), env=None, output="output"):
     """Start `script` in `cwd` and return its process; `finish` waits for it."""
-    process = context.Process(target=child, args=(script, args, cwd, cwd / "output", hook, hook_args))
-    process.output = cwd / "output"
+    output = cwd / output
+    process = context.Process(target=child, args=(script, args, cwd, output, hook, hook_args, env or {}), daemon=True)
+    process.output = output
     process.start()
     return process
 
@@ -120,10 +125,30 @@ def start(script, *args, cwd, hook=None, hook_args=()):
 def finish(process):
     """Wait for a started process; its returncode, stdout and stderr, like subprocess.run's."""
     process.join(120)
+    process.kill()  # where it hangs: returncode is then that of the kill
+    process.join()
     out, err = (open(f"{process.output}.{stream}").read() for stream in (1, 2))  # noqa: SIM115
     return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 
 
-def run(script, *args, cwd, hook=None, hook_args=()):
+def run(script, *args, cwd, **more):
     """Like conftest's run_script, in a forked child; `hook(*hook_args)` is called in it before the script's main."""
-    return finish(start(script, *args, cwd=cwd, hook=hook, hook_args=hook_args))
+    return finish(start(script, *args, cwd=cwd, **more))
+
+
+def start_pair(script, *args, cwd, **more):
+    """Start `script` as two processes that find each other, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    return [
+        start(script, *args, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, output=f"output{rank}", **more)
+        for rank in "01"
+    ]
+
+
+def run_pair(script, *args, cwd, **more):
+    """`start_pair`, and the results of both processes."""
+    return [finish(process) for process in start_pair(script, *args, cwd=cwd, **more)]
