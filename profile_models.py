@@ -287,7 +287,7 @@ def profile(args) -> str:
 Training steps, no validation; of each epoch the first steps, so that a trace stays small.
 """,
         markdown_table(["Trace", "Epochs", "Steps an epoch", "MB"], [line for r in results for line in r.traces]),
-        f"## The ten heaviest operators\n\nSelf time in the trace of {args.epochs[-1]} epoch(s).\n",
+        f"## The ten heaviest operators\n\nSelf time in the trace of {args.epochs[-1]} epochs.\n",
     ]
     for result in results:
         text.append(f"### {result.cells['Model']}, {result.cells['Precision']}\n")
