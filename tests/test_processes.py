@@ -198,6 +198,7 @@ def no_weights(wait):
         raise common.UserError("no weights here")
 
     train_vit_probe.find_weights = find_weights
+    os.environ.pop("VIT_TINY_WEIGHTS", None)
 
 
 def test_recorded_features_serve_two_processes_without_weights(default_data, tmp_path):
