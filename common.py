@@ -157,7 +157,10 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, exit code 2."""
+    """ArgumentParser whose errors are one line, exit code 2, and whose options are not abbreviated."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -117,7 +117,6 @@ def main() -> int:
     args = parser.parse_args()
     accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
     data = common.load_data(args.data_dir, args.image_size)
-    code = 0
     for one in common.each_run(args, ("lr", "schedule", "seed")):
         config = make_config(one, data, accelerator)
         task = make_task(one, config, data, accelerator)
@@ -128,7 +127,7 @@ def main() -> int:
         common.fit(accelerator, task, path, args.checkpoint_steps)
         accelerator.free_memory()
     accelerator.end_training()
-    return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -154,8 +154,10 @@ def open_backbone(accelerator, weights, pretrained: bool, image_size: int, preci
                 file, missing = None, error
         if missing:
             named = weights or os.environ.get("VIT_TINY_WEIGHTS")
-            if bundled is False or named or image_size != 224 or not BUNDLED.exists():
+            if bundled is False or named or not BUNDLED.exists():
                 raise missing
+            if image_size != 224:
+                raise UserError(f"{missing}: the features in {BUNDLED.name} are of 224 px only")
             accelerator.print(f"{missing}\nusing the recorded features of the default images, {BUNDLED.name}")
         else:
             identity = {"backbone": MODEL, "weights": "pretrained", "sha256": common.file_sha256(file)}
@@ -390,7 +392,8 @@ def main() -> int:
             extract(accelerator, backbone, data.splits["train"], view, one.crop_scale, one.seed[0]) for view in views
         ]
         seconds = val_seconds + sum(s for _, s in train)
-        accelerator.print(f"features of {len(train)} x train and val: {seconds:.1f} s to compute, kept in {CACHE}/")
+        if backbone.module:
+            accelerator.print(f"features: {seconds:.1f} s of forward passes, kept in {CACHE}/ for the next run")
         config = make_config(one, data, backbone, seconds, accelerator)
         task = make_task(
             one, config, data, {"train": [x for x, _ in train], "val": val, "tokens": backbone.tokens}, accelerator

@@ -43,17 +43,21 @@ def default_data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def small_data(default_data, tmp_path_factory):
-    """An ImageFolder with 40 + 17 + 19 real images a class, 6 classes: a folder that holds data/."""
-    folder = tmp_path_factory.mktemp("small")
-    for split, count in (("train", 40), ("val", 17), ("test", 19)):
-        for name in (default_data / "data" / split).iterdir():
+def first_images(source, folder, **counts):
+    """Copy the first images of each class, so many for each split, from source/data to folder/data."""
+    for split, count in counts.items():
+        for name in (source / "data" / split).iterdir():
             target = folder / "data" / split / name.name
             target.mkdir(parents=True)
             for image in sorted(name.iterdir())[:count]:
                 (target / image.name).write_bytes(image.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(default_data, tmp_path_factory):
+    """An ImageFolder with 40 + 17 + 19 real images a class, 6 classes: a folder that holds data/."""
+    return first_images(default_data, tmp_path_factory.mktemp("small"), train=40, val=17, test=19)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import forked
 import pytest
 import timm
 import torch
-from conftest import WEIGHTS, assert_user_error, needs_weights, run_script
+from conftest import WEIGHTS, assert_user_error, first_images, needs_weights, run_script
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -46,14 +46,7 @@ def state_hash(module):
 @pytest.fixture(scope="module")
 def tiny_data(small_data, tmp_path_factory):
     """8 + 4 real images a class: a folder that holds data/."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for split, count in (("train", 8), ("val", 4)):
-        for name in (small_data / "data" / split).iterdir():
-            target = folder / "data" / split / name.name
-            target.mkdir(parents=True)
-            for image in sorted(name.iterdir())[:count]:
-                (target / image.name).write_bytes(image.read_bytes())
-    return folder
+    return first_images(small_data, tmp_path_factory.mktemp("tiny"), train=8, val=4)
 
 
 @pytest.fixture
