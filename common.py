@@ -264,6 +264,12 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     return accelerator
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """torch.autocast for Accelerate's name of a precision: "no", "bf16" or "fp16"."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def environment(accelerator) -> dict:
     """Versions, device and processes: what a number in a report depends on besides the options."""
     from importlib.metadata import version
@@ -683,6 +689,11 @@ def read_json(path: Path) -> dict:
 NUMBERS = ("epoch", "step", "lr", "seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1")
 
 
+def merit(line: dict) -> tuple[float, float]:
+    """What the best epoch has the most of: validation accuracy, then the lower loss, of a line of metrics.jsonl."""
+    return line["val_accuracy"], -line["val_loss"]
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; none when it is missing. Raises UserError when it is damaged."""
     try:
@@ -889,8 +900,7 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
         check_tensors(best_path, saved, best)
         best = saved
     for line in lines:
-        score = line["val_accuracy"], -line["val_loss"]
-        best_scores[line["head"]] = max(best_scores.get(line["head"], score), score)
+        best_scores[line["head"]] = max(best_scores.get(line["head"], merit(line)), merit(line))
     if first_epoch >= task.epochs:
         accelerator.print(f"{path}: already complete")
         return report(accelerator, task, path, lines)
@@ -953,9 +963,8 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
                     "train_accuracy": train_correct[h].item() / (steps * task.batch_size),
                     **{f"val_{key}": value for key, value in val.items()},
                 })  # fmt: skip
-                score = val["accuracy"], -val["loss"]
-                if head.name not in best_scores or score > best_scores[head.name]:
-                    best_scores[head.name] = score
+                if head.name not in best_scores or merit(new[-1]) > best_scores[head.name]:
+                    best_scores[head.name] = merit(new[-1])
                     best |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith(head.prefix)}
             seconds = time.perf_counter() - started
             lines += [line | {"seconds": round(seconds, 3)} for line in new]
@@ -1089,7 +1098,7 @@ def log_epoch(writer, task: Task, model, lines: list[dict], losses, step: int, r
 
 def report(accelerator, task: Task, path: Path, lines: list[dict]) -> None:
     """Print how the run ended: the best epoch by validation, the time, the folder, how to evaluate it."""
-    top = max(lines, key=lambda line: (line["val_accuracy"], -line["val_loss"]))
+    top = max(lines, key=merit)
     seconds = sum({line["epoch"]: line["seconds"] for line in lines}.values())
     accelerator.print(
         f"best epoch {top['epoch']}" + (f" of {top['head']}" if len(task.heads) > 1 else "") + ": validation accuracy "

@@ -28,7 +28,6 @@ import common
 import train_cnn
 from common import UserError
 
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a damaged file can raise where it is used; RuntimeError is also torch's for shapes that do not fit.
 DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError)
 # Options that are part of a model's name, or change nothing that is compared; the others make a setting.
@@ -126,11 +125,6 @@ def read_curves(path: Path, epochs: int) -> dict[str, list[dict]]:
     return curves
 
 
-def best_line(curve: list[dict]) -> dict:
-    """The epoch whose weights a run keeps."""
-    return max(curve, key=lambda line: (line["val_accuracy"], -line["val_loss"]))
-
-
 def open_cnn(config: dict, data: common.Data, device):
     """The CNN (without its weights), a function from split to function from indices to input, its name."""
 
@@ -198,8 +192,7 @@ def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> l
     check(all(t.isfinite().all() for t in model.state_dict().values()), "model.safetensors: has values not finite")
     model.to(accelerator.device)
     # As training validates, to the batch size, so that the numbers are the same; inputs are not autocast.
-    autocast = torch.autocast(accelerator.device.type, DTYPES[precision], enabled=precision != "no")
-    model.forward = autocast(model.forward)
+    model.forward = common.autocast(accelerator.device, precision)(model.forward)
     log_probs = {
         split: common.predict(accelerator, model, inputs(split), len(images.labels), 8 * options["batch_size"])
         for split, images in data.splits.items()
@@ -212,7 +205,7 @@ def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> l
         curve, of_head = curves[head["name"]], {split: of_heads[h] for split, of_heads in log_probs.items()}
         curve[0]["seconds"] += environment.get("feature_seconds", 0)
         scores = {split: common.scores(values, data.splits[split].labels) for split, values in of_head.items()}
-        told, found = best_line(curve)["val_accuracy"], scores["val"]["accuracy"]
+        told, found = max(curve, key=common.merit)["val_accuracy"], scores["val"]["accuracy"]
         # Another device may decide a few close images otherwise; more is a file of another run, or damage.
         near = abs(found - told) <= max(0.01, 2 / len(data.splits["val"].labels))
         check(near, f"its weights have {found:.2%} validation accuracy where its metrics.jsonl says {told:.2%}")
@@ -435,7 +428,7 @@ COLUMNS = {
     "Setting": lambda runs: first(runs).setting,
     "Seed": lambda runs: first(runs).seed,
     "Seeds": len,
-    "Best epoch": lambda runs: best_line(first(runs).curve)["epoch"],
+    "Best epoch": lambda runs: max(first(runs).curve, key=common.merit)["epoch"],
     "Accuracy (%)": lambda runs: score(runs, first(runs).split),
     "Macro-F1": lambda runs: score(runs, first(runs).split, "macro_f1"),
     "95% interval (%)": interval,

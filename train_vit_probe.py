@@ -193,8 +193,7 @@ def pool(kind: str, patches: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor
 def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
     """Features float32 [B, len(TOKENS) * WIDTH] of inputs [B, 3, S, S]: one forward pass of the backbone."""
     blocks = sorted({block for block, _ in TOKENS})
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(backbone.precision)
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+    with common.autocast(x.device, backbone.precision):
         out = backbone.module.forward_intermediates(
             x, indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
