@@ -8,6 +8,8 @@ resumed run equals an uninterrupted one bit for bit.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -198,7 +200,7 @@ def training_parser(description: str, lr: float, batch_size: int, image_size: in
     add("--data-dir", default=DATA_DIR, help="ImageFolder with train/ and val/, and test/ to evaluate")
     add("--image-size", type=number(int, 8, 1024), default=image_size, help="side of the model's input, px")
     add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="smallest area of a random crop, share")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what Accelerate is configured for")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: Accelerate's, else bf16 if it is fast here")
     add("--name", help="run folder under runs/; default: made from the options")
     add("--resume", action="store_true", help="go on with the run of these options, if there is one")
     add("--checkpoint-steps", type=number(int, 1), help="also write a checkpoint every N steps")
@@ -220,6 +222,17 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(*key))
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next step, instead of handing it to the system.
+
+    What the system gives anew it fills with zeros first, page by page. Elsewhere than on glibc: nothing.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its largest: blocks up to 32 MB come from the heap
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: up to 1 GB free at its end may stay
+
+
 def make_accelerator(mixed_precision: str | None = None, deterministic: bool = False):
     """Accelerate's view of the processes and the device, after the checks its launcher does not make.
 
@@ -228,6 +241,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     """
     from accelerate import Accelerator, DataLoaderConfiguration
 
+    keep_freed_memory()
     launched = any(key.startswith("ACCELERATE_") or key == "WORLD_SIZE" for key in os.environ)
     if launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # Both launchers set 1 when nothing was asked for, and a CPU run then trains on one core.
@@ -262,6 +276,16 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         f"{torch.get_num_threads()} threads each, precision {accelerator.mixed_precision}"
     )
     return accelerator
+
+
+def default_precision(asked: str | None) -> str | None:
+    """bf16 where the processor computes it and nothing else was asked for."""
+    if asked or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if supported() else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -497,12 +521,11 @@ def resample(images, size: int, bicubic=False, boxes=None, flips=None):
     which torchvision does not have (its issues 2929 and 8484): one matrix product a side, so it costs about
     as much as the copy of the batch. Values stay as they are (float32), nothing is rounded.
     """
-    b, side = len(images), images.shape[-1]
-    images = images.float()
+    side, images = images.shape[-1], images.float()
     if boxes is None:
         if side == size:
             return images
-        boxes = torch.tensor([[0, 0, side, side]], device=images.device).expand(b, 4)
+        boxes = torch.tensor([[0, 0, side, side]], device=images.device)  # one matrix for the whole batch
     rows = resize_weights(boxes[:, 0], boxes[:, 2], side, size, bicubic)[:, None]
     columns = resize_weights(boxes[:, 1], boxes[:, 3], side, size, bicubic)[:, None]
     if flips is not None:
@@ -514,8 +537,8 @@ def resample(images, size: int, bicubic=False, boxes=None, flips=None):
 class Images:
     """Images on the device and how they become the input of a model.
 
-    `images` uint8 [N, C, S, S]; `size`, `mean`, `std`, `bicubic`: the model's input, mean and std as shares
-    of 255; `crop_scale`, `seed`: the augmentation.
+    `images` uint8 [N, C, S, S]; `size`, `mean`, `std`, `bicubic`: the model's input, mean and std of each channel
+    as shares of 255; `crop_scale`, `seed`: the augmentation.
     """
 
     images: torch.Tensor
@@ -527,15 +550,15 @@ class Images:
     seed: int = 0
     _epoch: int | None = None
 
-    def normalise(self, x):
-        if x.shape[1] == 1 and len(self.mean) == 3:
-            x = x.expand(-1, 3, -1, -1)
-        mean, std = (255 * torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return (x - mean) / std
+    def normalised(self, index):
+        """Normalize comes first, on the smaller images: resampling is a weighted mean, so the result is the same."""
+        images = self.images[index]
+        mean, std = (255 * torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        return (images - mean) / std
 
     def plain(self, index):
         """Resize + CenterCrop + Normalize (stored images are square): float32 [B, C, size, size]."""
-        return self.normalise(resample(self.images[index], self.size, self.bicubic))
+        return resample(self.normalised(index), self.size, self.bicubic)
 
     def augmented(self, index, epoch: int):
         """RandomResizedCrop + RandomHorizontalFlip + Normalize, the same for an image and epoch always."""
@@ -545,7 +568,7 @@ class Images:
             self._boxes, self._flips = (t.to(self.images.device) for t in crops)
             self._epoch = epoch
         boxes, flips = self._boxes[index], self._flips[index]
-        return self.normalise(resample(self.images[index], self.size, self.bicubic, boxes, flips))
+        return resample(self.normalised(index), self.size, self.bicubic, boxes, flips)
 
 
 class EpochBatches:
@@ -829,7 +852,6 @@ def train_steps(accelerator, task: Task, epoch: int, start: int = 0):
         lrs = task.lrs(step)
         for group in task.optimizer.param_groups:
             group["lr"] = lrs[group["head"]]
-        torch.manual_seed(key_seed(task.seed, "step", step, accelerator.process_index))
         labels = task.labels[index]
         logits = as_heads(task.model(task.inputs(index, epoch))).float()
         every = F.cross_entropy(
@@ -951,7 +973,7 @@ def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None
             step = (epoch + 1) * steps
             train_losses, train_correct = checked_losses(steps), accelerator.reduce(correct).cpu()
             train_seconds = time.perf_counter() - started
-            log_probs = predict(accelerator, task.model, task.val_inputs, len(task.val_labels), 8 * task.batch_size)
+            log_probs = predict(accelerator, task.model, task.val_inputs, len(task.val_labels), task.batch_size)
             labels = task.val_labels.cpu()
             new = []
             for h, head in enumerate(task.heads):

@@ -194,7 +194,7 @@ def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> l
     # As training validates, to the batch size, so that the numbers are the same; inputs are not autocast.
     model.forward = common.autocast(accelerator.device, precision)(model.forward)
     log_probs = {
-        split: common.predict(accelerator, model, inputs(split), len(images.labels), 8 * options["batch_size"])
+        split: common.predict(accelerator, model, inputs(split), len(images.labels), options["batch_size"])
         for split, images in data.splits.items()
         if split != "train"
     }

@@ -28,14 +28,15 @@ import common
 from common import UserError
 
 MODEL = "vit_tiny_patch16_224"
-MEAN = STD = [0.5, 0.5, 0.5]  # what the weights were trained with, as are 224 px and bicubic
+MEAN = STD = 0.5  # of each channel: what the weights were trained with, as are 224 px and bicubic
 WIDTH = 192
 # A feature is a list of tokens of WIDTH values each: (block counted from 0, what is taken of it), after the
 # final layer norm. "class": the class token; of the patch tokens: "mean", "std", the means of the "top",
-# "middle" and "bottom" rows, and of the outer columns, "sides". "last" is the plain linear probe.
+# "middle" and "bottom" rows, and of the outer columns, "sides". "class" is the plain linear probe, "last" the
+# last layer as DINOv2's linear evaluation takes it.
 FEATURES = {
-    "last": [(11, "class")],
-    "blocks": [(block, kind) for block in (7, 9, 11) for kind in ("class", "mean")],
+    "class": [(11, "class")],
+    "last": [(11, "class"), (11, "mean")],
     "block3": [(11, "class"), *((3, kind) for kind in ("top", "middle", "bottom", "sides", "std"))],
 }
 DEFAULT_FEATURES = "block3"
@@ -82,6 +83,11 @@ class Backbone:
     precision: str
     device: torch.device
     tokens: list = dataclasses.field(default_factory=lambda: TOKENS)
+
+    def __post_init__(self):
+        if self.module and self.device.type == "cpu" and self.precision == "bf16":
+            for block in self.module.blocks:
+                block.attn.fused_attn = False  # two plain products are faster: see results/speed.md
 
 
 def find_weights(weights: str | None) -> Path:
@@ -180,25 +186,35 @@ def pool(kind: str, patches: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor
         return prefix[:, 0].float()
     patches = patches.float()
     if kind in ("mean", "std"):
-        return patches.mean(1) if kind == "mean" else patches.std(1)
+        mean = patches.mean(1)
+        # torch's std(1) takes ten times as long.
+        return mean if kind == "mean" else ((patches - mean[:, None]).square().sum(1) / (patches.shape[1] - 1)).sqrt()
     side = math.isqrt(patches.shape[1])
     first, second, third = (slice(i * side // 3, -(-(i + 1) * side // 3)) for i in range(3))
     grid = patches.unflatten(1, (side, side))
     if kind == "sides":
-        return (grid[:, :, first].mean((1, 2)) + grid[:, :, third].mean((1, 2))) / 2
+        columns = grid.mean(1)
+        return (columns[:, first].mean(1) + columns[:, third].mean(1)) / 2
     return grid[:, {"top": first, "middle": second, "bottom": third}[kind]].mean((1, 2))
 
 
 @torch.no_grad()
 def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
-    """Features float32 [B, len(TOKENS) * WIDTH] of inputs [B, 3, S, S]: one forward pass of the backbone."""
+    """Features float32 [B, len(TOKENS) * WIDTH] of inputs [B, 1 or 3, S, S]: one forward pass of the backbone."""
     blocks = sorted({block for block, _ in TOKENS})
     with common.autocast(x.device, backbone.precision):
         out = backbone.module.forward_intermediates(
-            x, indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
-        )
+            x.expand(-1, 3, -1, -1), indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True,
+            intermediates_only=True,
+        )  # fmt: skip
     of_block = dict(zip(blocks, out))
     return torch.cat([pool(kind, *of_block[block]) for block, kind in TOKENS], 1)
+
+
+def make_input(split: common.Split, image_size: int, device, crop_scale=1.0, seed=0) -> common.Images:
+    """Images of a split as the ViT takes them, but for the channels: `forward_tokens` makes three of one."""
+    mean, std = [MEAN] * split.images.shape[1], [STD] * split.images.shape[1]
+    return common.Images(split.images.to(device), image_size, mean, std, True, crop_scale, seed)
 
 
 def extract(accelerator, backbone: Backbone, split: common.Split, view=None, crop_scale=1.0, seed=0):
@@ -211,7 +227,7 @@ def extract(accelerator, backbone: Backbone, split: common.Split, view=None, cro
     sha = split.sha256()
     if backbone.module is None:
         return recorded_features(sha, view), 0.0
-    images = common.Images(split.images.to(backbone.device), backbone.image_size, MEAN, STD, True, crop_scale, seed)
+    images = make_input(split, backbone.image_size, backbone.device, crop_scale, seed)
     import timm
 
     key = {
@@ -293,16 +309,6 @@ def export_features(accelerator, backbone: Backbone, data: common.Data, file: Pa
     accelerator.print(f"{file}: {sum(map(len, features.values()))} images, {file.stat().st_size / 1e6:.1f} MB")
 
 
-def default_precision(asked: str | None) -> str | None:
-    """bf16 where the processor computes it and nothing else was asked for."""
-    if asked or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else None
-
-
 def make_task(args, config: dict, data: common.Data, features: dict, accelerator) -> common.Task:
     """Heads, optimiser and features for one run; `args` holds one seed, and the values the heads differ in.
 
@@ -358,7 +364,7 @@ def make_config(args, data: common.Data, backbone: Backbone, seconds: float, acc
 
 
 def make_parser():
-    parser = common.training_parser(__doc__.splitlines()[0], lr=1e-2, batch_size=32, image_size=224)
+    parser = common.training_parser(__doc__.splitlines()[0], lr=5e-3, batch_size=32, image_size=224)
     add = parser.add_argument
     add("--features", choices=list(FEATURES), nargs="+", default=[DEFAULT_FEATURES], help="what the linear layer sees")
     add("--views", type=common.number(int, 0, 1000), default=0,
@@ -373,7 +379,7 @@ def make_parser():
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
-    accelerator = common.make_accelerator(default_precision(args.mixed_precision), args.deterministic)
+    accelerator = common.make_accelerator(common.default_precision(args.mixed_precision), args.deterministic)
     splits = ("train", "val", "test") if args.export_features else ("train", "val")
     data = common.load_data(args.data_dir, args.image_size, splits)
     backbone = open_backbone(

@@ -1,11 +1,15 @@
 """common.py: augmentation against torchvision, metrics against scikit-learn, schedules against torch, names, data."""
 
 import math
+import platform
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from scipy.stats import ks_2samp
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
@@ -120,6 +124,21 @@ def test_augmented_equals_torchvisions_crop_flip_normalize():
         theirs = v2.functional.resized_crop(image.float() / 255, *box, [28, 28], antialias=True)
         theirs = v2.functional.horizontal_flip(theirs) if flip else theirs
         assert (our - v2.functional.normalize(theirs, [0.3], [0.4])).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_for_the_next_step(kept):
+    """New pages from the system are faults; numpy, as it asks for memory like torch does."""
+    code = f"""
+import resource, numpy, common
+if {kept}: common.keep_freed_memory()
+for _ in range(3): [numpy.ones(30_000_000, numpy.uint8) for _ in range(4)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): [numpy.ones(30_000_000, numpy.uint8) for _ in range(4)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (int(done.stdout) < 1000) == kept, done
 
 
 def test_grey_images_are_repeated_for_a_model_of_three_channels():
@@ -278,7 +297,7 @@ def test_same_options_same_name_and_different_options_different_names(script):
         ["--mixed-precision", "bf16"], ["--deterministic"], ["--lr", 1], ["--lr", 10],
     ]  # fmt: skip
     if script is train_vit_probe:
-        lines += [["--features", "last"], ["--features", "last", "blocks"], ["--views", 3], ["--no-pretrained"]]
+        lines += [["--features", "last"], ["--features", "class", "last"], ["--views", 3], ["--no-pretrained"]]
         lines += [["--lr", 1, 10], ["--lr", 1.0, 1.5]]
     made = [names(script, *line)[0] for line in lines]
     assert len(set(made)) == len(lines), made

@@ -238,7 +238,7 @@ def without(name, key):
 
 
 STATE, MODEL = "checkpoint/state.safetensors", "model.safetensors"
-WEIGHT = "classifier.2.weight"
+WEIGHT = "classifier.1.weight"
 DAMAGES = {
     "checkpoint truncated": (cut(STATE, 9000), STATE),
     "checkpoint empty": (cut(STATE, 0), STATE),
@@ -313,7 +313,7 @@ def resume_mutated(count):
 
     def main():
         args = train_cnn.make_parser().parse_args([*CNN[1:], "--name", "run", "--resume"])
-        accelerator = common.make_accelerator()
+        accelerator = common.make_accelerator(train_cnn.default_precision(None))
         data = common.load_data(args.data_dir, args.image_size)
         common.log_start = common.log_epoch = lambda *args: None  # slow, and not what is tested
         common.confusion_figure = lambda *args: __import__("matplotlib.figure").figure.Figure(figsize=(1, 1))

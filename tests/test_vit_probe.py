@@ -87,7 +87,7 @@ def features(accelerator, data, tmp_path_factory):
 
 
 def inputs(split, index, size=224):
-    return common.Images(split.images, size, probe.MEAN, probe.STD, bicubic=True).plain(torch.as_tensor(index))
+    return probe.make_input(split, size, "cpu").plain(torch.as_tensor(index)).expand(-1, 3, -1, -1)
 
 
 # --------------------------------------------------------------------------------------- the frozen backbone
@@ -219,7 +219,7 @@ def test_a_timm_checkpoint_serves_as_weights(pretrained, tmp_path, wrap):
 
 
 def test_a_head_in_company_equals_the_same_head_alone(tiny):
-    company = ["--lr", 1e-3, 1e-2, "--features", "last", "blocks", "--schedule", "cosine", "constant"]
+    company = ["--lr", 1e-3, 1e-2, "--features", "class", "last", "--schedule", "cosine", "constant"]
     _, together = train(tiny, *RANDOM, *company)
     heads = json.loads((together / "config.json").read_text())["model"]["heads"]
     assert len({head["name"] for head in heads}) == 8
@@ -261,7 +261,7 @@ def test_heads_equal_plain_torch(accelerator, data, tiny):
         name: torch.randn(len(s.labels), WIDTH * len(probe.TOKENS), generator=gen) for name, s in data.splits.items()
     }
     made["train"][:, 5] = made["train"][:, 5] * 100 + 7
-    argv = "--epochs 3 --batch-size 16 --lr 0.01 0.1 --schedule cosine constant --features last blocks --seed 4"
+    argv = "--epochs 3 --batch-size 16 --lr 0.01 0.1 --schedule cosine constant --features class last --seed 4"
     args = probe.make_parser().parse_args([*argv.split(), "--weight-decay", "0.1"])
     backbone = probe.Backbone({"backbone": probe.MODEL}, None, 224, "no", torch.device("cpu"))
     config = probe.make_config(args, data, backbone, 0.0, accelerator)
@@ -597,7 +597,7 @@ def test_other_data_without_weights_end_in_one_line_that_names_the_option(tiny, 
 @needs_features
 def test_features_that_are_not_recorded_are_refused_in_one_line(default_data, tmp_path):
     (tmp_path / "data").symlink_to(default_data / "data")
-    (unrecorded,) = {"blocks"} - {probe.DEFAULT_FEATURES}
+    (unrecorded,) = {"last"} - {probe.DEFAULT_FEATURES}
     result = forked.run("train_vit_probe.py", "--features", unrecorded, cwd=tmp_path, env=ALONE)
     assert_user_error(result, f"--features {unrecorded}", "--weights")
 
