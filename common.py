@@ -493,25 +493,27 @@ def random_crops(n: int, side: int, scale: float, gen: torch.Generator, ratio=CR
     return torch.stack([top, left, height, width], 1), u[:, 22] < 0.5
 
 
-def resize_weights(start, length, side: int, size: int, bicubic: bool):
-    """Weights [B, size, side] that resample `length` pixels from `start` (both [B]) to `size` pixels.
+def resize_weights(start, length, side: int, size: int, bicubic: bool, flip=None):
+    """Weights [B, size, side] that resample `length` pixels from `start` to `size` pixels, mirrored where `flip`.
 
-    The antialiased filters of Pillow and of torch's interpolate(antialias=True): a triangle or a cubic
-    (a = -0.5), widened by the scale when shrinking, and cut off at the edges of the box.
+    `start`, `length` and `flip` are [B]. The antialiased filters of Pillow and of torch's interpolate(antialias=True):
+    a triangle or a cubic (a = -0.5), widened by the scale when shrinking, and cut off at the edges of the box.
     """
-    scale = (length / size)[:, None, None]
-    widen = scale.clamp(min=1)
-    pixel = torch.arange(side, device=start.device)[None, None, :] - start[:, None, None]
-    center = scale * (torch.arange(size, device=start.device)[None, :, None] + 0.5)
-    x = ((pixel + 0.5 - center) / widen).abs()
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / size
+    pixel = torch.arange(side, device=start.device) - start
+    center = scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    if flip is not None:
+        center = torch.where(flip[:, None, None], length - center, center)
+    x = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()
     if bicubic:
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     else:
-        weights = (1 - x).clamp(min=0)
-    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+        weights = (1 - x).clamp_(min=0)
+    weights *= (pixel >= 0) & (pixel < length)
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def resample(images, size: int, bicubic=False, boxes=None, flips=None):
@@ -527,9 +529,7 @@ def resample(images, size: int, bicubic=False, boxes=None, flips=None):
             return images
         boxes = torch.tensor([[0, 0, side, side]], device=images.device)  # one matrix for the whole batch
     rows = resize_weights(boxes[:, 0], boxes[:, 2], side, size, bicubic)[:, None]
-    columns = resize_weights(boxes[:, 1], boxes[:, 3], side, size, bicubic)[:, None]
-    if flips is not None:
-        columns = torch.where(flips[:, None, None, None], columns.flip(2), columns)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], side, size, bicubic, flips)[:, None]
     return rows @ images @ columns.transpose(2, 3)
 
 

@@ -609,12 +609,13 @@ def tricks_table(bench):
     rows = [[name, f"{1e3 * s / count:.2f}", f"{s / seconds[0]:.2f}"] for name, s in zip(changes, seconds)]
     yield [f"Step, {precision_name(bench.accelerator.mixed_precision)}", "ms", "Ratio"], rows
     options, steps = ("cnn", None, [], str(bench.data_dir), IMAGE_SIZE, STEPS), {"measure": [], "measure_unkept": []}
-    for _, function in itertools.product(range(REPEATS + 1), steps):
+    for _, function in itertools.product(range(2 * REPEATS + 1), steps):
         steps[function].append(call(function, *options).median)
-    kept, unkept = (statistics.median(of) for of in steps.values())
-    rows = [["as it is", f"{kept:.2f}", "1.00"]]
-    rows += [["without keeping freed memory", f"{unkept:.2f}", f"{unkept / kept:.2f}"]]
-    yield ["Step, in fresh processes", "ms", "Ratio"], rows
+    base, rows = statistics.fmean(steps["measure"]), []
+    for name, of in zip(("as it is", "without keeping freed memory"), steps.values()):
+        mean = statistics.fmean(of)
+        rows.append([name, f"{mean:.2f}", f"{min(of):.2f}", f"{max(of):.2f}", f"{mean / base:.2f}"])
+    yield [f"Step, {len(of)} fresh processes", "ms (mean)", "Least", "Most", "Ratio"], rows
 
 
 TABLES = [process_table, pipeline_table, epoch_table, probe_table, forward_table, scripts_table, tricks_table]

@@ -137,7 +137,7 @@ def test_speed_in_one_process(workdir, small):
     titles = [inspect.getdoc(table).splitlines()[0] for table in tables]
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == titles
     rows = cells(text)
-    assert all(len(row) in (3, 4) and all(row) for row in rows) and len(rows) == 4 + 6 + 2 + 6 + 2  # four headers
+    assert all(len(row) in (3, 4, 5) and all(row) for row in rows) and len(rows) == 4 + 6 + 2 + 6 + 2  # four headers
     assert os.listdir(workdir) == ["data", "out"] or os.listdir(workdir) == ["out", "data"]
 
 
