@@ -3,8 +3,8 @@
 Nothing here is run by itself. The way of an image: PNG -> one uint8 tensor [N, C, S, S] in memory ->
 batches of indices from a DataLoader that Accelerate shards over the processes -> the images of a batch,
 cropped, flipped and normalised on the device -> the model. Every random number is a pure function of the
-seed and of what it is for (epoch, step, image), so a run does not depend on what happened before it and a
-resumed run equals an uninterrupted one bit for bit.
+seed and of what it is for (epoch, image), so a run does not depend on what happened before it and a resumed
+run equals an uninterrupted one bit for bit.
 """
 
 import argparse

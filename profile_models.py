@@ -320,7 +320,7 @@ def usual_loader(folder: Path, size: int, training: bool, workers: int, bicubic=
     return DataLoader(data, batch_size=batch_size, shuffle=training, num_workers=workers)
 
 
-def timm_forward(size: int, precision: str | None, device):
+def timm_forward(size: int, precision: str, device):
     """The forward pass of timm's validate.py with ViT-Tiny: a function of images [B, 3, size, size]."""
     import timm
 
@@ -328,7 +328,7 @@ def timm_forward(size: int, precision: str | None, device):
 
     @torch.inference_mode()
     def forward(x):
-        with common.autocast(device, precision or "no"):
+        with common.autocast(device, precision):
             return model(x)
 
     return forward
@@ -496,11 +496,12 @@ def probe_table(bench):
 
     `train_vit_probe.py` with a random backbone and nothing cached, from the start of the process to its end,
     against the time in the backbone's forward passes (train and val once), and against the time that timm's
-    `validate.py` would take for them (its rate in batches of 16, measured right after). Target: at most 1.10,
-    and epochs well under a second.
+    `validate.py` would take for them (its rate in batches of the same size, measured right after). Target: at most
+    1.10, and epochs well under a second.
     """
-    done, validate = bench.probe(), timm_forward(IMAGE_SIZE, common.default_precision(None), bench.accelerator.device)
-    x = torch.randn(16, 3, IMAGE_SIZE, IMAGE_SIZE, device=bench.accelerator.device)
+    done, device = bench.probe(), bench.accelerator.device
+    validate = timm_forward(IMAGE_SIZE, bench.probe_precision, device)
+    x = torch.randn(256 if device.type == "cuda" else 16, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     (per_batch,) = interleaved(6 * REPEATS, lambda: validate(x))
     timms = per_batch / len(x) * sum(len(split.labels) for split in bench.data.splits.values())
     sides = {
@@ -523,7 +524,7 @@ def forward_table(bench):
     probe, device = importlib.import_module("train_vit_probe"), bench.accelerator.device
     batch = 256 if device.type == "cuda" else 16
     cases = [(IMAGE_SIZE, batch), (IMAGE_SIZE, 64), (160, batch), (112, batch)]
-    precisions = ["no"] + ["bf16"] * (common.default_precision(None) == "bf16")
+    precisions = dict.fromkeys(["no", bench.probe_precision])
     rows = []
     for (size, batch), precision in itertools.product(cases, precisions):
         backbone = probe.open_backbone(bench.accelerator, None, False, size, precision)
@@ -574,7 +575,8 @@ def tricks_table(bench):
     """Tricks of the CNN
 
     A training step with one thing changed, a few dozen steps of each in turn, several times. Ratio: to the step
-    as it is: above 1 the trick that was undone is a gain, below 1 the change would be one.
+    as it is: above 1 the trick that was undone is a gain, below 1 the change would be one. Last, of what depends on
+    luck: the mean over fresh processes of each one's median step, the processes in turn.
     """
     device, count, sides = bench.accelerator.device, min(40, STEPS), []
 
@@ -635,11 +637,13 @@ def speed(args, out: Path) -> None:
     # Run once: several tables need it, and it is the longest. Its features are then cached for the others.
     bench.probe = functools.cache(lambda: watched("train_vit_probe", *bench.vit_options, "--epochs", bench.epochs))
     bench.accelerator = common.make_accelerator(importlib.import_module("train_cnn").default_precision(None))
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    bench.probe_precision = common.default_precision(None) or configured
     bench.data = common.load_data(str(bench.data_dir), 28)
     bench.cnn, bench.vit = (build(row, bench.accelerator, bench.data, IMAGE_SIZE) for row in ("cnn", "vit"))
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in bench.data.splits.items())
     text = f"# Speed\n\n{machine(common.environment(bench.accelerator))}\n"
-    text += f"Data: {counts} images. Ratios are of medians, all sides measured in turn in one run.\n"
+    text += f"Data: {counts} images. Ratios are of medians unless told, all sides measured in turn in one run.\n"
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in args.speed or TABLES:
             title, intro = inspect.getdoc(TABLES[name]).split("\n\n", 1)

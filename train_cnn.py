@@ -1,7 +1,7 @@
 """Train a CNN with three convolutional layers.
 
     python train_cnn.py --epochs 10
-    accelerate launch train_cnn.py --mixed_precision bf16     (GPUs; see README)
+    accelerate launch --mixed_precision bf16 train_cnn.py     (GPUs; see README)
 
 Reads data/{train,val}/<class>/* (made from archive.zip when missing) and writes runs/<name>/: config.json,
 metrics.jsonl, model.safetensors, checkpoint/ and TensorBoard's events (`tensorboard --logdir runs`).

@@ -141,11 +141,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     assert (int(done.stdout) < 1000) == kept, done
 
 
-def test_grey_images_are_repeated_for_a_model_of_three_channels():
-    x = common.Images(pictures(2, 8), 16, [0.5] * 3, [0.5] * 3, True).plain(torch.tensor([1, 0]))
-    assert x.shape == (2, 3, 16, 16) and (x[:, 0] == x[:, 2]).all()
-
-
 @pytest.mark.parametrize("height, width", [(28, 28), (30, 40), (41, 30), (200, 33), (33, 200), (7, 5), (99, 100)])
 @pytest.mark.parametrize("size", [28, 17])
 @pytest.mark.parametrize("channels", [1, 3])

@@ -15,6 +15,7 @@ from test_resume import folder_hash, result
 import common
 
 CNN = ["train_cnn.py", "--batch-size", "16", "--epochs", "2", "--image-size", "16", "--name", "run"]
+CNN += ["--mixed-precision", "no"]
 PROBE = ["train_vit_probe.py", "--batch-size", "16", "--epochs", "2", "--image-size", "32", "--no-pretrained"]
 PROBE += ["--mixed-precision", "no", "--features", "last", "block3", "--name", "run"]
 COMMANDS = {"cnn": CNN, "probe": PROBE}

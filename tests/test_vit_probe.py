@@ -188,11 +188,21 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(features, data):
     assert (together - alone).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_grey_images_become_three_equal_channels(accelerator):
+    grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8, generator=common.generator("grey"))
+    splits = [common.Split(images, torch.zeros(2), []) for images in (grey, grey.expand(-1, 3, -1, -1))]
+    x, x3 = (probe.make_input(split, 32, "cpu").plain(torch.tensor([1, 0])) for split in splits)
+    assert x.shape == (2, 1, 32, 32) and torch.equal(x3, x.expand(-1, 3, -1, -1))
+    backbone = probe.open_backbone(accelerator, None, False, 32, "no")
+    assert torch.equal(probe.forward_tokens(backbone, x), probe.forward_tokens(backbone, x3))
+
+
 @needs_weights
-def test_bf16_features_are_close_to_float32s(features, data):
+def test_bf16_features_are_close_to_float32s(accelerator, features, data):
     x = inputs(data.splits["val"], range(4))
     exact = probe.forward_tokens(features[0], x)
-    rough = probe.forward_tokens(probe.dataclasses.replace(features[0], precision="bf16"), x)
+    rough = probe.forward_tokens(probe.open_backbone(accelerator, WEIGHTS, True, 224, "bf16"), x)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
     assert ((exact - rough).norm() / exact.norm()) < 0.05
 
