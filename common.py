@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -242,6 +243,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     from accelerate import Accelerator, DataLoaderConfiguration
 
     keep_freed_memory()
+    gc.set_threshold(100_000)  # not 700: the imports make a million objects that stay, and are searched again and again
     launched = any(key.startswith("ACCELERATE_") or key == "WORLD_SIZE" for key in os.environ)
     if launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # Both launchers set 1 when nothing was asked for, and a CPU run then trains on one core.
@@ -831,6 +833,8 @@ class Task:
         self.batches = EpochBatches(n, self.batch_size, self.seed)
         loader = DataLoader(indices, batch_sampler=self.batches, collate_fn=torch.tensor)
         self.model, self.optimizer, self.loader = accelerator.prepare(self.model, self.optimizer, loader)
+        if not gc.get_freeze_count():
+            gc.freeze()  # what start-up made stays, and is not searched again
         return self
 
     def lrs(self, step: int) -> list[float]:
