@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -345,6 +346,28 @@ def test_sanity_check_fails_on_labels_that_change_every_step(workdir):
 
 
 # ---------------------------------------------------------------------------------------- start-up, quality
+
+
+def count_models_at_exit():
+    """A hook: print how many of the networks that were made are still in memory after the last run."""
+    init, main, alive = train_cnn.CNN.__init__, train_cnn.main, weakref.WeakSet()
+
+    def watched(self, *args):
+        init(self, *args)
+        alive.add(self)
+
+    def and_count():
+        main()
+        print("alive:", len(alive))
+
+    train_cnn.CNN.__init__, train_cnn.main = watched, and_count
+
+
+def test_a_sweep_does_not_keep_its_models(workdir):
+    done = forked.run(
+        "train_cnn.py", *SMALL, "--epochs", 1, "--seed", *range(4), cwd=workdir, hook=count_models_at_exit
+    )
+    assert done.returncode == 0 and int(done.stdout.split("alive:")[1]) <= 2, (done.stdout, done.stderr)
 
 
 def test_heavy_packages_are_not_imported_before_they_are_needed(workdir):
