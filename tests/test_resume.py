@@ -156,6 +156,7 @@ def interrupt_at(place, count):
         if seen.count(place) == count and here == place:
             os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     forked.at_place(act)
 
 
