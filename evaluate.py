@@ -223,7 +223,7 @@ def evaluate_all(accelerator, folders: list[Path], weights: str | None, cache: d
         try:
             new = evaluate_run(accelerator, path, weights, cache)
             r = (results or new)[0]
-            check(new[0].data.classes == r.data.classes, f"has other classes than {r.run}: give it alone")
+            check(new[0].data.classes == r.data.classes, f"has other classes than {r.run}: name the runs to take")
             results += new
         except (UserError, *DAMAGE) as error:
             why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"

@@ -398,7 +398,7 @@ def main() -> int:
         ]
         seconds = val_seconds + sum(s for _, s in train)
         if backbone.module:
-            accelerator.print(f"features: {seconds:.1f} s of forward passes, kept in {CACHE}/ for the next run")
+            accelerator.print(f"features: {seconds:.1f} s of forward passes, done once and kept in {CACHE}/")
         config = make_config(one, data, backbone, seconds, accelerator)
         task = make_task(
             one, config, data, {"train": [x for x, _ in train], "val": val, "tokens": backbone.tokens}, accelerator
