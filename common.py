@@ -552,11 +552,13 @@ class Images:
     seed: int = 0
     _epoch: int | None = None
 
+    def __post_init__(self):
+        device = self.images.device  # once: a copy to the device each step would be waited for
+        self._mean, self._std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+
     def normalised(self, index):
         """Normalize comes first, on the smaller images: resampling is a weighted mean, so the result is the same."""
-        images = self.images[index]
-        mean, std = (255 * torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-        return (images - mean) / std
+        return (self.images[index] - self._mean) / self._std
 
     def plain(self, index):
         """Resize + CenterCrop + Normalize (stored images are square): float32 [B, C, size, size]."""

@@ -508,9 +508,10 @@ def probe_table(bench):
     """
     done, device = bench.probe(), bench.accelerator.device
     validate = timm_forward(IMAGE_SIZE, bench.probe_precision, device)
-    x = torch.randn(256 if device.type == "cuda" else 16, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    batch = importlib.import_module("train_vit_probe").extraction_batch(device)
+    x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     (per_batch,) = interleaved(6 * REPEATS, lambda: validate(x))
-    timms = per_batch / len(x) * sum(len(split.labels) for split in bench.data.splits.values())
+    timms = per_batch / batch * sum(len(split.labels) for split in bench.data.splits.values())
     sides = {
         "forward passes alone": done.forward,
         "the same by timm": timms,
@@ -529,7 +530,7 @@ def forward_table(bench):
     torch's fused attention, which the probe leaves where it is slower: in bf16 on a CPU.
     """
     probe, device = importlib.import_module("train_vit_probe"), bench.accelerator.device
-    batch = 256 if device.type == "cuda" else 16
+    batch = probe.extraction_batch(device)
     cases = [(IMAGE_SIZE, batch), (IMAGE_SIZE, 64), (160, batch), (112, batch)]
     precisions = dict.fromkeys(["no", bench.probe_precision])
     rows = []
@@ -539,8 +540,9 @@ def forward_table(bench):
         for block in fused.module.blocks:
             block.attn.fused_attn = True
         x = torch.randn(batch, 3, size, size, device=device)
-        ours, with_fused = (functools.partial(probe.forward_tokens, b, x) for b in (backbone, fused))
-        sides = ours, functools.partial(timm_forward(size, precision, device), x), with_fused
+        sides = [functools.partial(probe.forward_tokens, backbone, x)]
+        sides += [functools.partial(timm_forward(size, precision, device), x)]
+        sides += [functools.partial(probe.forward_tokens, fused, x)]
         interleaved(1, *sides)  # warm-up
         ours, timms, with_fused = (batch / seconds for seconds in interleaved(3 * REPEATS, *sides))
         name = f"{size} px, batch {batch}, {precision_name(precision)}"
@@ -597,7 +599,7 @@ def tricks_table(bench):
 
     def other_precision(parts):
         if bench.accelerator.mixed_precision == "no":
-            parts.task.model.forward = torch.autocast(device.type, torch.bfloat16)(parts.task.model.forward)
+            parts.task.model.forward = common.autocast(device, "bf16")(parts.task.model.forward)
         else:
             bench.accelerator.unwrap_model(parts.task.model, keep_fp32_wrapper=False)  # undoes autocast in place
 

@@ -217,6 +217,11 @@ def make_input(split: common.Split, image_size: int, device, crop_scale=1.0, see
     return common.Images(split.images.to(device), image_size, mean, std, True, crop_scale, seed)
 
 
+def extraction_batch(device: torch.device) -> int:
+    """Images a forward pass without training: on a CPU what fits its cache is fastest."""
+    return 256 if device.type == "cuda" else 16
+
+
 def extract(accelerator, backbone: Backbone, split: common.Split, view=None, crop_scale=1.0, seed=0):
     """Features float16 [N, len(backbone.tokens) * WIDTH] (CPU) of a split and the seconds that computing them took.
 
@@ -241,7 +246,7 @@ def extract(accelerator, backbone: Backbone, split: common.Split, view=None, cro
     folder.mkdir(parents=True, exist_ok=True)
     common.atomic_write(folder / "key.json", json.dumps(key, indent=2) + "\n")
     starts = range(0, len(split.labels), PART)
-    batch = 256 if backbone.device.type == "cuda" else 16  # what fits a CPU's cache is fastest
+    batch = extraction_batch(backbone.device)
 
     def read(start):
         try:

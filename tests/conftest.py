@@ -1,5 +1,6 @@
 """Shared by the tests: the repository on the path, one thread a process, a way to run the scripts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,11 @@ def run_script(name, *args, cwd, env=None, timeout=300):
         text=True,
         timeout=timeout,
     )
+
+
+def metrics(run):
+    """The lines of a run's metrics.jsonl as they are, without common.read_metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_user_error(result, *parts):

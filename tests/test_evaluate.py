@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WEIGHTS, assert_user_error, run_script
+from conftest import metrics as lines_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -88,8 +89,7 @@ def test_figures_equal_scikit_learns_and_the_trainings_own(evaluated):
     assert [row["Run"] for row in rows] == [f"cnn-e2-lr{lr}-cosine-s{s}" for lr in ("1e-05", "0.005") for s in (0, 1)]
     for row in rows:
         run = evaluated / "runs" / row["Run"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        best = max(lines, key=lambda line: (line["val_accuracy"], -line["val_loss"]))
+        best = max(lines_of(run), key=lambda line: (line["val_accuracy"], -line["val_loss"]))
         assert row["Validation (%)"] == f"{100 * best['val_accuracy']:.2f}"
         assert row["Validation macro-F1"] == f"{best['val_macro_f1']:.4f}" and row["Best epoch"] == str(best["epoch"])
         labels, told = independent_predictions(run, "test")

@@ -9,7 +9,7 @@ import time
 
 import forked
 import pytest
-from conftest import ROOT, assert_user_error
+from conftest import ROOT, assert_user_error, metrics
 from test_resume import folder_hash, result
 
 import common
@@ -37,8 +37,8 @@ def launch(launcher, command, cwd):
 
 
 def read_run(folder):
-    lines = [json.loads(line) for line in (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "runs" / "run" / "config.json").read_text()), lines
+    run = folder / "runs" / "run"
+    return json.loads((run / "config.json").read_text()), metrics(run)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -2,7 +2,6 @@
 
 import collections
 import hashlib
-import json
 import os
 import random
 import shlex
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import forked
 import pytest
-from conftest import assert_user_error
+from conftest import assert_user_error, metrics
 
 import common
 
@@ -25,9 +24,10 @@ PROBE += ["--features", "last", "block3"]
 
 def result(run):
     """What a run must end with: metrics but for the measured time, weights, the last checkpoint."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     files = run / "model.safetensors", run / "checkpoint" / "state.safetensors"
-    return [line | {"seconds": 0} for line in lines], [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return [line | {"seconds": 0} for line in metrics(run)], [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    ]
 
 
 def folder_hash(folder):

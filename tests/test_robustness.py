@@ -16,7 +16,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error
+from conftest import assert_user_error, metrics
 from PIL import Image
 from test_resume import CNN, PROBE, folder_hash, result
 
@@ -177,8 +177,7 @@ def test_fp16_comes_within_half_a_point(default_data, tmp_path):
     for precision in ("no", "fp16", "bf16"):
         args = ["--epochs", "3", "--mixed-precision", precision, "--name", precision]
         assert forked.run("train_cnn.py", *args, cwd=tmp_path).returncode == 0
-        lines = (tmp_path / "runs" / precision / "metrics.jsonl").read_text().splitlines()
-        accuracy[precision] = max(json.loads(line)["val_accuracy"] for line in lines)
+        accuracy[precision] = max(line["val_accuracy"] for line in metrics(tmp_path / "runs" / precision))
     assert max(accuracy.values()) - min(accuracy.values()) < 0.015, accuracy  # one seed, 1,200 images
 
 
@@ -438,8 +437,7 @@ def test_a_loss_that_diverges_names_step_and_rate_and_keeps_the_last_good_checkp
     args = [*command, "--lr", "0.0625", "--schedule", "constant", "--name", "run", "--checkpoint-steps", "4"]
     ended = forked.run(*args, cwd=tmp_path, hook=hook, hook_args=(value, call))
     assert_user_error(ended, "runs/run: the loss became", f"at step {told} ", "learning rate 0.0625", "--lr")
-    lines = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    assert {json.loads(line)["epoch"] for line in lines} == set(range(1, (told - 1) // 6 + 1))
+    assert {line["epoch"] for line in metrics(tmp_path / "runs" / "run")} == set(range(1, (told - 1) // 6 + 1))
     tensors, meta = common.load_tensors(tmp_path / "runs" / "run" / STATE)
     assert 0 < meta["step"] < told and all(value.isfinite().all() for value in tensors.values())
     assert forked.run(*args, "--resume", cwd=tmp_path).returncode == 0

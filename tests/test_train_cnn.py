@@ -13,7 +13,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, metrics, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,10 +25,6 @@ import train_cnn
 
 EPOCHS, BATCH, STEPS = 2, 24, 10  # small data: 240 training images
 SMALL = ["--epochs", EPOCHS, "--batch-size", BATCH]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def result(run):

@@ -10,7 +10,7 @@ import forked
 import pytest
 import timm
 import torch
-from conftest import WEIGHTS, assert_user_error, first_images, needs_weights, run_script
+from conftest import WEIGHTS, assert_user_error, first_images, metrics, needs_weights, run_script
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -23,10 +23,6 @@ from train_vit_probe import WIDTH
 ALONE = {"VIT_TINY_WEIGHTS": "", "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 RANDOM = ["--no-pretrained", "--image-size", 32, "--batch-size", 16, "--mixed-precision", "no"]
 needs_features = pytest.mark.skipif(not probe.BUNDLED.exists(), reason="vit_features.safetensors is not there")
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def train(folder, *args, **kwargs):
