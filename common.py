@@ -1,19 +1,17 @@
-"""What the scripts share: errors, options, data, augmentation, metrics, run folders, the training loop.
+"""What the scripts share: errors, options, data, augmentation, metrics, schedules and run folders.
 
-Nothing here is run by itself. The way of an image: PNG -> one uint8 tensor [N, C, S, S] in memory ->
-batches of indices from a DataLoader that Accelerate shards over the processes -> the images of a batch,
-cropped, flipped and normalised on the device -> the model. Every random number is a pure function of the
-seed and of what it is for (epoch, image), so a run does not depend on what happened before it and a resumed
-run equals an uninterrupted one bit for bit.
+Read train_cnn.py first. The way of an image: file -> one uint8 tensor [N, C, S, S] in memory -> batches of indices
+from a DataLoader that Accelerate shards over the processes -> the images of a batch, cropped, flipped and normalised
+on the device -> the model. Every random number is a pure function of the seed and of what it is for (epoch, image),
+so a resumed run equals an uninterrupted one bit for bit.
 """
 
 import argparse
 import contextlib
 import ctypes
-import dataclasses
-import errno
-import gc
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -25,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +38,22 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 DATA_DIR = "data"
 RUNS_DIR = Path("runs")
+REPORT_DIR = Path("report")
 # Folder name of each class -> its label in the official files.
 CLASSES = {
-    name: label
-    for label, name in enumerate(
-        ["T-shirt_top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle_boot"]
-    )
+    "T-shirt_top": 0,
+    "Trouser": 1,
+    "Pullover": 2,
+    "Dress": 3,
+    "Coat": 4,
+    "Sandal": 5,
+    "Shirt": 6,
+    "Sneaker": 7,
+    "Bag": 8,
+    "Ankle_boot": 9,
 }
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 MAX_PIXELS = 50_000_000
 
 
@@ -56,37 +64,47 @@ class UserError(Exception):
     """A mistake in what the user gave: one line that says what is wrong, where, and what to do."""
 
 
-def cli(main) -> None:
-    """Run a script's `main` and exit: 0 or what it returns, 2 for a UserError, 130 for Ctrl-C.
+def of_machine(error: BaseException) -> bool:
+    """Whether an error is the machine's (memory, disk, permissions), and so no damage of a file that was read."""
+    if isinstance(error, OSError):
+        return error.errno is not None  # Pillow's own have none
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return memory or "can't allocate memory" in str(error)  # torch's words on a CPU
 
-    Errors of the machine that a user can mend (disk full, no permission, out of memory) end in one line too.
+
+def cli(main) -> None:
+    """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's or the machine's.
+
+    130 for Ctrl-C, 1 when nobody reads the output any more. Anything else is a fault of ours: a traceback.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
     # TensorBoard's thread raises its error (disk full) once more at the next record, in the main thread.
     threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
+    code, message = 2, ""
     try:
-        code, message = main() or 0, ""
+        code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
-        code, message = 2, str(error)
+        message = str(error)
     except KeyboardInterrupt as stop:
         code, message = 130, str(stop) or "interrupted"
-    except torch.OutOfMemoryError:
-        code, message = 2, "the device is out of memory: give a smaller --batch-size or --image-size"
-    except OSError as error:
-        if error.errno not in {
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EEXIST,
-            errno.ENAMETOOLONG,
-        }:
+    except BrokenPipeError:  # `| head`
+        code = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not of_machine(error):
             raise
-        code, message = 2, f"{error.filename or 'writing'}: {error.strerror}: free or choose another place"
+        if isinstance(error, OSError):
+            message = f"{error.filename or 'writing'}: {error.strerror}: free the place, or choose another"
+        else:
+            message = "out of memory: give a smaller --batch-size or --image-size, or close other programs"
     if message and os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291); all is written by now.
@@ -96,44 +114,52 @@ def cli(main) -> None:
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` under a temporary name first, so that a reader sees the old file or the new."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, temporary = Path(path), None
+    if isinstance(data, str):
+        data = data.encode(errors="replace")
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk names no file
         raise
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and the JSON under the metadata key "json" of a safetensors file.
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError when it is missing or damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}): restore it or remove it") from None
 
-    Raises UserError when the file is missing, truncated or not safetensors.
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. Raises UserError when it is missing or damaged."""
+    try:
+        return [dict(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}): restore it or remove it") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of a safetensors file, and the JSON object under the metadata key "json".
+
+    Raises UserError when the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
-            if not isinstance(meta, dict):
-                raise ValueError("its JSON is not an object")
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}): remove it or restore it") from None
-
-
-def check_tensors(path: Path, tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> None:
-    """Raise UserError unless `tensors`, read from `path`, have the names, shapes and types of `like`."""
-    odd = sorted(tensors.keys() ^ like.keys()) or [
-        key for key, value in like.items() if (tensors[key].shape, tensors[key].dtype) != (value.shape, value.dtype)
-    ]
-    if odd:
-        raise UserError(f"{path}: not of this model ({odd[0]}): remove its run folder to start again")
+    except (FileNotFoundError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}): restore it or make it again") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
@@ -153,17 +179,22 @@ def file_sha256(path: Path) -> str:
 def markdown_table(header: list[str], rows: list[list]) -> str:
     """A GitHub markdown table; every column after the first is right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 # ------------------------------------------------------------------------------------------------ options
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and every option's default."""
 
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line, exit code 2, and whose options are not abbreviated."""
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **settings)
 
     def error(self, message: str):
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -175,42 +206,51 @@ def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number of `kind` (int or float) in [low, high]; nan is refused."""
 
     def parse(text: str):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            fits = low <= value <= high and math.isfinite(value)
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            above = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {above}")
-        return value
+            if low <= value <= high and math.isfinite(value):
+                return value
+        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
 
     return parse
 
 
-def training_parser(description: str, lr: float, batch_size: int, image_size: int):
-    """The options both training scripts have, with the model's own defaults."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def training_parser(description: str | None, lr: float, batch_size: int, image_size: int, weight_decay: float):
+    """The options that both training scripts have, with the model's own defaults."""
+    parser = Parser(description=description)
     add = parser.add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
-    add("--batch-size", type=number(int, 1), default=batch_size, help="over all processes together")
+    add("--batch-size", type=number(int, 1), default=batch_size, help="images a step, over all processes together")
     add("--lr", type=number(float, 1e-10, 1e3), nargs="+", default=[lr], help="peak learning rate(s)")
     add("--schedule", choices=list(SCHEDULES), nargs="+", default=["cosine"], help="learning-rate schedule(s)")
-    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, help="AdamW's")
+    add("--weight-decay", type=number(float, 0, 1e3), default=weight_decay, help="AdamW's decay of the weights")
+    add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="share of the target given to all classes")
     add("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="seed(s); each is a run of its own")
-    add("--data-dir", default=DATA_DIR, help="ImageFolder with train/ and val/, and test/ to evaluate")
-    add("--image-size", type=number(int, 8, 1024), default=image_size, help="side of the model's input, px")
-    add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="smallest area of a random crop, share")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: Accelerate's, else bf16 if it is fast here")
-    add("--name", help="run folder under runs/; default: made from the options")
-    add("--resume", action="store_true", help="go on with the run of these options, if there is one")
-    add("--checkpoint-steps", type=number(int, 1), help="also write a checkpoint every N steps")
+    add("--data-dir", default=DATA_DIR, help="folder with train/ and val/, and test/ to report on, a folder a class")
+    add("--image-size", type=number(int, 8, 1024), default=image_size, help="side of the model's input in pixels")
+    add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="smallest area of a random crop, as a share")
+    add("--no-flip", action="store_true", help="never mirror an image: for digits, letters, road signs")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: bf16 where the processor computes it")
+    add("--name", help="the model's name in tables and its folder under runs/; default: made from the options")
+    add("--resume", action="store_true", help="go on with the run of these options, or start it if there is none")
     add("--deterministic", action="store_true", help="deterministic GPU kernels (slower)")
-    add("--sanity-check", action="store_true", help="only overfit a few batches: prints pass or fail")
+    add("--sanity-check", action="store_true", help="only overfit four batches; prints pass or FAIL (exit code 0 or 1)")
     return parser
 
 
-# ------------------------------------------------------------------------------------- processes and seeds
+def combinations(*lists: list):
+    """Every combination of the values of the lists, each value once."""
+    return itertools.product(*map(dict.fromkeys, lists))
+
+
+def each_run(args: argparse.Namespace, *keys: str):
+    """One copy of `args` for every combination of the values of the options `keys`, which become single values."""
+    for values in combinations(*(getattr(args, key) for key in keys)):
+        yield argparse.Namespace(**vars(args) | dict(zip(keys, values)))
+
+
+# ----------------------------------------------------------------------------------- processes and randomness
 
 
 def key_seed(*key) -> int:
@@ -234,16 +274,54 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: up to 1 GB free at its end may stay
 
 
-def make_accelerator(mixed_precision: str | None = None, deterministic: bool = False):
-    """Accelerate's view of the processes and the device, after the checks its launcher does not make.
+def check_settings() -> None:
+    """Raise UserError for settings from outside (`accelerate config`, MPI) that would change the result unseen."""
+    for name, value in os.environ.items():
+        asked = value.lower() not in ("", "0", "false", "no", "off")
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and asked:
+            raise UserError(f"{name}={value}: not supported here: run `accelerate config` again, or unset it")
+    accepted = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ["1"], "ACCELERATE_MIXED_PRECISION": ["no", "fp16", "bf16"]}
+    if "WORLD_SIZE" not in os.environ:  # what mpirun sets, but not torchrun
+        accepted |= {"PMI_SIZE": ["1"], "OMPI_COMM_WORLD_SIZE": ["1"], "MV2_COMM_WORLD_SIZE": ["1"]}
+    for name, values in accepted.items():
+        value = os.environ.get(name, values[0])
+        if value.lower() not in values:
+            raise UserError(f"{name}={value}: not supported here, only {' or '.join(values)}: unset it")
 
-    Raises UserError when the launcher started several processes that do not know of one another, or when
-    the precision is not to be had on this device.
+
+def choose_precision(asked: str | None) -> str:
+    """ "no" (float32), "bf16" or "fp16": what was asked for, else bf16 where the processor computes it.
+
+    Raises UserError for fp16 without a GPU, where Accelerate would go on in float32.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    precision = asked or configured
+    if precision == "fp16" and not torch.accelerator.is_available():
+        setting = "--mixed-precision fp16" if asked else "ACCELERATE_MIXED_PRECISION=fp16"
+        raise UserError(f"{setting}: needs a GPU: give --mixed-precision bf16 or no")
+    if precision:
+        return precision
+    if torch.accelerator.is_available():
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if native else "no"
+
+
+def make_accelerator(mixed_precision: str | None = None, deterministic: bool = False):
+    """Accelerate's view of the processes and the device, after the checks that its launcher does not make.
+
+    Raises UserError when the launcher started several processes that do not know of one another, for settings
+    from outside that would change the result unseen, and for a precision that this device does not have.
     """
     from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
 
     keep_freed_memory()
-    gc.set_threshold(100_000)  # not 700: the imports make a million objects that stay, and are searched again and again
+    check_settings()
+    precision, world = choose_precision(mixed_precision), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # a notebook's kernel remembers the last script's
     launched = any(key.startswith("ACCELERATE_") or key == "WORLD_SIZE" for key in os.environ)
     if launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # Both launchers set 1 when nothing was asked for, and a CPU run then trains on one core.
@@ -251,10 +329,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16: needs a GPU: give bf16 or no")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.use_deterministic_algorithms(deterministic)
     alone = UserError(
         f"the launcher started {world} processes but each believes to be alone: start them with "
         f"`accelerate launch --multi_gpu --num_processes {world}` or `torchrun --nproc_per_node {world}`"
@@ -262,32 +337,37 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it two CPU processes do not find each other
-            mixed_precision=mixed_precision,
-            log_with="tensorboard",
-            project_dir=RUNS_DIR,
+            mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
     except ValueError as error:
         if "MASTER_ADDR" in str(error):
             raise alone from None
-        raise UserError(f"--mixed-precision {mixed_precision}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--mixed-precision {precision}: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != world:
         raise alone
-    accelerator.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"{torch.get_num_threads()} threads each, precision {accelerator.mixed_precision}"
-    )
+    threads = f"{torch.get_num_threads()} threads each, precision {precision}"
+    accelerator.print(f"{world} process(es) on {accelerator.device.type}, {threads}")
     return accelerator
 
 
-def default_precision(asked: str | None) -> str | None:
-    """bf16 where the processor computes it and nothing else was asked for."""
-    if asked or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else None
+def on_main_process(accelerator, action):
+    """Call `action()` in the main process only; every process gets its result, or raises its error.
+
+    So only one process touches the disk, and several machines need not share one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except (UserError, OSError) as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -296,31 +376,29 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def environment(accelerator) -> dict:
+def environment(accelerator=None) -> dict:
     """Versions, device and processes: what a number in a report depends on besides the options."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = ["torch", "torchvision", "timm", "accelerate"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    device = accelerator.device
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({cpu_name()})",
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision,
-        "git": commit.stdout.strip() or None,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name and the number of cores this process may use."""
-    try:
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):  # the CNN alone does not need timm
+            versions[package] = version(package)
+    cpu, commit = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError, StopIteration):  # only Linux has this file
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+    found = {"versions": versions, "threads": torch.get_num_threads(), "git": commit}
+    found["device"] = f"cpu ({cpu}, {os.cpu_count()} cores)"
+    if accelerator:
+        if accelerator.device.type == "cuda":
+            found["device"] = torch.cuda.get_device_name(accelerator.device)
+        found |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+        found["dynamo"] = accelerator.state.dynamo_plugin.backend.value.lower()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -333,13 +411,21 @@ class Split:
     images: torch.Tensor
     labels: torch.Tensor
     paths: list[str]
+    decoded: str = ""  # hash of the images as decoded, whatever size they are stored in
 
     def sha256(self) -> str:
-        """Hash of the pixels and the labels, in order."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.numpy())
+        """Hash of the images and the labels, in order."""
+        digest = hashlib.sha256(self.decoded.encode())
+        if not self.decoded:
+            digest.update(repr(tuple(self.images.shape)).encode())
+            digest.update(self.images.numpy())
         digest.update(self.labels.numpy())
         return digest.hexdigest()
+
+    def few(self, count: int, seed: int) -> tuple["Split", torch.Tensor]:
+        """`count` images of it (all, if it has fewer), drawn by `seed`, and their indices."""
+        pick = torch.randperm(len(self.labels), generator=generator(seed, "sanity"))[:count]
+        return Split(self.images[pick], self.labels[pick], [self.paths[i] for i in pick]), pick
 
 
 @dataclass
@@ -351,7 +437,8 @@ class Data:
     channels: int
     path: str
 
-    def describe(self) -> dict:
+    @functools.cached_property
+    def description(self) -> dict:
         """What config.json records of the data, to tell the same images from others later."""
         return {
             "path": self.path,
@@ -362,110 +449,173 @@ class Data:
         }
 
 
-def read_image(path: Path) -> "np.ndarray":
-    """One image as uint8 [H, W] (grey) or [H, W, 3] (RGB); palettes are resolved.
+def prepare_default_data(accelerator, data_dir: str) -> None:
+    """Run prepare_data.py where the default data are asked for and missing, once on each machine."""
+    script, error = HERE / "prepare_data.py", ""
+    with accelerator.local_main_process_first():
+        default = Path(data_dir).resolve() == Path(DATA_DIR).resolve()
+        if default and not Path(data_dir).exists() and script.is_file():
+            print(f"{DATA_DIR}/ is missing: preparing it from archive.zip (prepare_data.py)", flush=True)
+            done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+            error = done.stderr.strip() if done.returncode else ""
+    if error:  # raised out here: an exception inside would leave the other processes waiting
+        raise UserError(error.splitlines()[-1].removeprefix("prepare_data.py: "))
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Class name -> its folder, in the order of the names; hidden and system folders are no classes.
+
+    Names are composed (NFC), as a Mac may have decomposed them; what is not Unicode is replaced by "?".
+    """
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.name.startswith(".") and path.name not in SYSTEM_FOLDERS:
+            name = unicodedata.normalize("NFC", path.name).encode(errors="replace").decode()
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files below a folder in the order of their names; links are followed, hidden names passed over."""
+    files, seen = [], set(map(str, folder.resolve().parents))
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and name not in SYSTEM_FOLDERS]
+        if os.path.realpath(here) in seen:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        files += [Path(here, n) for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and n[0] != "."]
+    return sorted(files)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image as uint8 [H, W] (grey) or [H, W, 3] (RGB), upright as its EXIF says; palettes are resolved.
 
     Raises UserError for what would come out garbled: 16-bit, CMYK, see-through, damaged, far too large.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is higher than ours, and a warning
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 1000 * min(image.size):
-                raise UserError(f"{path}: {image.width} x {image.height} px is too large: scale it down")
-            if "transparency" in image.info:
-                image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
-            elif image.mode == "P":
-                image = image.convert("RGB")
-            if image.mode in ("LA", "RGBA"):
+                raise ValueError(f"{image.width} x {image.height} px is too large: scale it down")
+            if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
+                raise ValueError(f"mode {image.mode} is not supported: convert it to 8-bit grey or RGB")
+            if image.getexif():
+                image = ImageOps.exif_transpose(image)
+            grey = image.mode in ("1", "L", "LA")
+            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
                 if image.getchannel("A").getextrema()[0] < 255:
-                    raise UserError(f"{path}: has see-through pixels: put it on a background first")
-                image = image.convert("L" if image.mode == "LA" else "RGB")
-            if image.mode == "1":
-                image = image.convert("L")
-            if image.mode not in ("L", "RGB"):
-                raise UserError(f"{path}: mode {image.mode} is not supported: convert to 8-bit grey or RGB")
-            return np.array(image)
-    except UserError:
-        raise
+                    raise ValueError("has see-through pixels: put it on a background first")
+                image = image.convert("RGB")
+            return np.array(image.convert("L" if grey else "RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, depending on the format
-        raise UserError(f"{path}: not a readable image ({error}): remove or replace it") from None
+        if of_machine(error):
+            raise
+        raise UserError(f"{path}: not a usable image ({error})") from None
 
 
-def resize_and_crop(pixels: "np.ndarray", size: int) -> "np.ndarray":
-    """torchvision's Resize(size) + CenterCrop(size) on a PIL image (bilinear), as uint8 [size, size(, 3)]."""
-    from PIL import Image
-
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    new_h, new_w = (int(size * height / short), int(size * width / short))
-    top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
-    image = Image.fromarray(pixels).resize((new_w, new_h), Image.Resampling.BILINEAR)
-    return np.array(image.crop((left, top, left + size, top + size)))
-
-
-def load_split(folder: Path, classes: list[str], image_size: int) -> tuple[list, list[int], list[str]]:
-    """Read folder/<class>/*; square images up to `image_size` keep their size, others are resized to it."""
-    pixels, labels, paths = [], [], []
-    files = []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise UserError(f"{folder / name}: no images: fill or remove the class in every split")
-        files += [(path, label) for path in found]
-    for path, label in tqdm(files, desc=f"reading {folder.name}", unit=" images", leave=False, delay=1, disable=None):
-        image = read_image(path)
-        if image.shape[0] != image.shape[1] or image.shape[0] > image_size:
-            image = resize_and_crop(image, image_size)
-        pixels.append(image)
-        labels.append(label)
-        paths.append(str(path.relative_to(folder.parent)))
-    return pixels, labels, paths
+def read_images(files: list[Path], description: str) -> list[np.ndarray]:
+    """All the images, see `read_image`. Raises one UserError for all the files that cannot be used."""
+    images, errors = [], []
+    for path in tqdm(files, desc=description, unit=" images", leave=False, delay=1, disable=None):
+        try:
+            images.append(read_image(path))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise UserError("; ".join(errors[:3]) + f"{more}: remove or replace {'them' if errors[1:] else 'it'}")
+    return images
 
 
-def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train", "val")) -> Data:
-    """Decode an ImageFolder once into memory, as [N, C, S, S] with S <= image_size and C 1 or 3.
+def stack_images(images: list[np.ndarray], image_size: int, channels: int) -> torch.Tensor:
+    """Images as one tensor uint8 [N, channels, S, S].
 
-    The default data are prepared first when they are missing. Raises UserError for a missing split, an
-    empty class, classes that differ between splits, fewer than two classes, and unreadable images.
+    Square images of one size up to `image_size` stay as they are; others are resized and centre-cropped to it.
     """
-    root = Path(data_dir)
-    if not root.exists() and data_dir == DATA_DIR:
-        import prepare_data
+    from PIL import Image, ImageOps
 
-        print(f"{DATA_DIR}/ is missing: preparing it from archive.zip (prepare_data.py)", flush=True)
-        prepare_data.prepare()
-    classes: list[str] = []
-    for split in splits:
+    side = images[0].shape[0]
+    same = side <= image_size and all(pixels.shape[:2] == (side, side) for pixels in images)
+    stacked = []
+    for pixels in images:
+        image = Image.fromarray(pixels).convert("L" if channels == 1 else "RGB")
+        if not same:
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+        stacked.append(np.asarray(image))
+    tensor = torch.from_numpy(np.stack(stacked))
+    return tensor[:, None] if channels == 1 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def find_images(root: Path, split: str, classes: list[str]) -> dict[str, list[Path]]:
+    """The image files of a split by class; `classes`: those of the training images, once known.
+
+    Empty for a test/ that is missing or has no labels (Kaggle's); a test/ may also lack some classes. Raises
+    UserError for another split that is missing, and for classes that differ.
+    """
+    folders = class_folders(root / split)
+    if split == "test":
+        if not folders.keys() & set(classes or folders):
+            return {}
+        different = set(folders) - set(classes or folders)
+    else:
         if not (root / split).is_dir():
             raise UserError(
-                f"{root / split}: no such folder: {data_dir} needs {'/, '.join(splits)}/ with a folder a class"
+                f"{root / split}: no such folder: make the default data with prepare_data.py, or give --data-dir a "
+                "folder with train/ and val/, in each a folder of images for each class"
             )
-        names = sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
-        if classes and names != classes:
-            odd = ", ".join(sorted(set(names) ^ set(classes)))
-            raise UserError(f"{root / split}: classes differ from {splits[0]}/ ({odd}): every split needs the same")
-        classes = names
-    if len(classes) < 2:
-        raise UserError(f"{root}: {len(classes)} class(es): at least two class folders are needed")
-    read = {split: load_split(root / split, classes, image_size) for split in splits}
-    everything = [image for pixels, _, _ in read.values() for image in pixels]
-    same_size = len({image.shape[:2] for image in everything}) == 1
-    channels = 3 if any(image.ndim == 3 for image in everything) else 1
+        different = set(folders) ^ set(classes or folders)
+    if different:
+        names = ", ".join(sorted(different))
+        raise UserError(f"{root / split}: classes differ from train/ ({names}): every split needs the same")
+    found = {name: image_files(path) for name, path in folders.items()}
+    empty = [str(folders[name]) for name in found if not found[name]]
+    if empty and split != "test":
+        raise UserError(f"{', '.join(empty)}: no images: fill or remove the class in every split")
+    return found
 
-    def stack(pixels: list) -> torch.Tensor:
-        if not same_size:
-            pixels = [p if len(p) == image_size else resize_and_crop(p, image_size) for p in pixels]
-        if channels == 3:
-            pixels = [p if p.ndim == 3 else np.repeat(p[..., None], 3, axis=2) for p in pixels]
-            return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        return torch.from_numpy(np.stack(pixels))[:, None]
 
-    loaded = {s: Split(stack(pixels), torch.tensor(labels), paths) for s, (pixels, labels, paths) in read.items()}
+def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train", "val", "test")) -> Data:
+    """Decode an ImageFolder once into memory, as [N, C, S, S] with S <= image_size, and C = 3 or, if grey, 1.
+
+    Training and validation images decide whether it is grey: a test image must not change how the others are
+    stored. Raises UserError for a missing split, an empty class, classes that differ between splits, fewer than
+    two classes, and images that cannot be used.
+    """
+    root, classes = Path(data_dir), []
+    images, labels, paths = {}, {}, {}
+    for split in splits:
+        found = find_images(root, split, classes)
+        classes = classes or list(found)
+        if len(classes) < 2:
+            raise UserError(f"{root / split}: {len(classes)} class(es): at least two class folders are needed")
+        files = [(path, classes.index(name)) for name, of_class in found.items() for path in of_class]
+        if files:
+            images[split] = read_images([path for path, _ in files], f"reading {split}")
+            labels[split] = torch.tensor([label for _, label in files])
+            paths[split] = [path.relative_to(root).as_posix() for path, _ in files]
+    deciding = [pixels for split in images if split != "test" or len(images) == 1 for pixels in images[split]]
+    channels = 3 if any(pixels.ndim == 3 for pixels in deciding) else 1
+    loaded = {}
+    for split, decoded in images.items():
+        digest = hashlib.sha256()
+        for pixels in decoded:
+            digest.update(repr(pixels.shape).encode() + pixels.tobytes())
+        stored = stack_images(decoded, image_size, channels)
+        loaded[split] = Split(stored, labels[split], paths[split], digest.hexdigest())
     return Data(loaded, classes, channels, data_dir)
+
+
+def summary(data: Data) -> str:
+    """One line: how many images and classes were found."""
+    counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items())
+    without = "" if "test" in data.splits else " (no test/ with class folders)"
+    return f"data: {counts} images{without}, {len(data.classes)} classes"
 
 
 # -------------------------------------------------------------------------------------------- augmentation
@@ -498,16 +648,15 @@ def random_crops(n: int, side: int, scale: float, gen: torch.Generator, ratio=CR
 def resize_weights(start, length, side: int, size: int, bicubic: bool, flip=None):
     """Weights [B, size, side] that resample `length` pixels from `start` to `size` pixels, mirrored where `flip`.
 
-    `start`, `length` and `flip` are [B]. The antialiased filters of Pillow and of torch's interpolate(antialias=True):
-    a triangle or a cubic (a = -0.5), widened by the scale when shrinking, and cut off at the edges of the box.
+    `start`, `length` and `flip` are [B]. A triangle or a cubic filter (a = -0.5), cut off at the edges of the box,
+    as in Pillow and in torch's interpolate(antialias=True); only for enlarging: there is no antialiasing.
     """
     start, length = start[:, None, None], length[:, None, None]
-    scale = length / size
     pixel = torch.arange(side, device=start.device) - start
-    center = scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    center = length / size * (torch.arange(size, device=start.device)[:, None] + 0.5)
     if flip is not None:
         center = torch.where(flip[:, None, None], length - center, center)
-    x = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()
+    x = (pixel + 0.5 - center).abs_()
     if bicubic:
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -519,11 +668,11 @@ def resize_weights(start, length, side: int, size: int, bicubic: bool, flip=None
 
 
 def resample(images, size: int, bicubic=False, boxes=None, flips=None):
-    """Crop each image to its box, flip it if asked, and resize it to `size`: [B, C, S, S] -> [B, C, size, size].
+    """Crop each image to its box, flip it if asked, and enlarge it to `size`: [B, C, S, S] -> [B, C, size, size].
 
-    torchvision's resized_crop (antialias=True) and horizontal_flip with a box of its own for every image,
-    which torchvision does not have (its issues 2929 and 8484): one matrix product a side, so it costs about
-    as much as the copy of the batch. Values stay as they are (float32), nothing is rounded.
+    torchvision's resized_crop and horizontal_flip with a box of its own for every image, which torchvision does
+    not have (its issues 2929 and 8484): one matrix product a side, so it costs about as much as the copy of the
+    batch. Values stay as they are (float32), nothing is rounded.
     """
     side, images = images.shape[-1], images.float()
     if boxes is None:
@@ -535,68 +684,143 @@ def resample(images, size: int, bicubic=False, boxes=None, flips=None):
     return rows @ images @ columns.transpose(2, 3)
 
 
-@dataclass
 class Images:
-    """Images on the device and how they become the input of a model.
+    """Images on the device and how they become the input of a model, float32 [B, C, size, size].
 
-    `images` uint8 [N, C, S, S]; `size`, `mean`, `std`, `bicubic`: the model's input, mean and std of each channel
-    as shares of 255; `crop_scale`, `seed`: the augmentation.
+    `images` uint8 [N, C, S, S] with S <= size; `mean`, `std`: of each channel, as shares of 255; `crop_scale`,
+    `flip`, `seed`: the augmentation.
     """
 
-    images: torch.Tensor
-    size: int
-    mean: list[float]
-    std: list[float]
-    bicubic: bool = False
-    crop_scale: float = 0.9
-    seed: int = 0
-    _epoch: int | None = None
-
-    def __post_init__(self):
-        device = self.images.device  # once: a copy to the device each step would be waited for
-        self._mean, self._std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+    def __init__(self, images, size, mean, std, bicubic=False, crop_scale=0.9, flip=True, seed=0):
+        self.images, self.size, self.bicubic = images, size, bicubic
+        self.crop_scale, self.flip, self.seed = crop_scale, flip, seed
+        # Once: a copy to the device each step would be waited for.
+        self.mean = 255 * torch.tensor(mean, device=images.device)[:, None, None]
+        self.std = 255 * torch.tensor(std, device=images.device)[:, None, None]
+        self.drawn_for = None
 
     def normalised(self, index):
         """Normalize comes first, on the smaller images: resampling is a weighted mean, so the result is the same."""
-        return (self.images[index] - self._mean) / self._std
+        return (self.images[index] - self.mean) / self.std
 
     def plain(self, index):
-        """Resize + CenterCrop + Normalize (stored images are square): float32 [B, C, size, size]."""
+        """Resize + CenterCrop + Normalize (stored images are square) of the images `index` int64 [B]."""
         return resample(self.normalised(index), self.size, self.bicubic)
 
     def augmented(self, index, epoch: int):
         """RandomResizedCrop + RandomHorizontalFlip + Normalize, the same for an image and epoch always."""
-        if self._epoch != epoch:
+        if self.drawn_for != epoch:
             gen = generator(self.seed, "augment", epoch)
-            crops = random_crops(len(self.images), self.images.shape[-1], self.crop_scale, gen)
-            self._boxes, self._flips = (t.to(self.images.device) for t in crops)
-            self._epoch = epoch
-        boxes, flips = self._boxes[index], self._flips[index]
-        return resample(self.normalised(index), self.size, self.bicubic, boxes, flips)
+            boxes, flips = random_crops(len(self.images), self.images.shape[-1], self.crop_scale, gen)
+            self.boxes = boxes.to(self.images.device)
+            self.flips = (flips & self.flip).to(self.images.device)
+            self.drawn_for = epoch
+        return resample(self.normalised(index), self.size, self.bicubic, self.boxes[index], self.flips[index])
 
 
-class EpochBatches:
-    """Batch sampler over n indices whose order is a pure function of (seed, epoch); drops the last part.
+def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 images [N, C, S, S], as shares of 255."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    channels = images.transpose(0, 1).flatten(1)
+    shares = torch.stack([channel.bincount(minlength=256) for channel in channels]).double() / channels.shape[1]
+    mean = shares @ values
+    std = (shares @ values**2 - mean**2).clamp(min=1e-6).sqrt()
+    return mean.tolist(), std.tolist()
 
-    Set `epoch`, and `start` to the number of batches to pass over, before iterating.
+
+# --------------------------------------------------------------------------------- batches and predictions
+
+
+class EpochSampler:
+    """Batches of the indices 0..n-1 in an order that is a pure function of (seed, epoch); drops the last part.
+
+    Accelerate's own sampler seeds with seed + epoch, so that seed 1 would repeat what seed 0 had an epoch later.
     """
 
     drop_last = True
 
     def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epoch = self.start = 0
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
 
     def __len__(self):
         return self.n // self.batch_size
 
     def __iter__(self):
         order = torch.randperm(self.n, generator=generator(self.seed, "order", self.epoch)).tolist()
-        for i in range(self.start, len(self)):
+        for i in range(len(self)):
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
-# ------------------------------------------------------------------------------------------------- metrics
+class Batches:
+    """The training batches of an epoch: this process's share of each, on the device.
+
+    `inputs(index, epoch)` gives the model's inputs of int64 indices [B], `labels` int64 [N] are on the device.
+    Raises UserError for a batch size that does not fit the images or the processes.
+    """
+
+    def __init__(self, accelerator, inputs, labels: torch.Tensor, batch_size: int, seed: int):
+        n, processes = len(labels), accelerator.num_processes
+        if batch_size > n:
+            raise UserError(f"batches of {batch_size}: more than the {n} training images: give a smaller --batch-size")
+        if batch_size % processes:
+            raise UserError(f"--batch-size {batch_size}: not a multiple of the {processes} processes")
+        self.inputs, self.labels = inputs, labels
+        self.sampler = EpochSampler(n, batch_size, seed)
+        self.loader = accelerator.prepare(DataLoader(range(n), batch_sampler=self.sampler, collate_fn=torch.tensor))
+        self.quiet = None if accelerator.is_main_process else True
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def epoch(self, epoch: int):
+        """Yield (inputs, labels) of every batch of an epoch, counted from 0."""
+        self.sampler.epoch = epoch
+        progress = tqdm(self.loader, f"epoch {epoch + 1}", unit="step", leave=False, delay=1, disable=self.quiet)
+        for index in progress:
+            yield self.inputs(index, epoch), self.labels[index]
+
+
+@torch.no_grad()
+def predict(accelerator, model, inputs, n: int, batch_size: int, description=None) -> torch.Tensor:
+    """What `model`, in eval mode, gives for the examples 0..n-1, each exactly once: [n, ...] on the CPU.
+
+    `inputs(index)` gives the model's input of int64 indices [B]. The processes share the work, and all of them get
+    the whole. `description`: of the progress bar, if there is to be one.
+    """
+    loader = accelerator.prepare(DataLoader(range(n), batch_size=batch_size, collate_fn=torch.tensor))
+    model.eval()
+    outputs = []
+    quiet = None if description and accelerator.is_main_process else True
+    with tqdm(total=n, desc=description, unit=" images", leave=False, disable=quiet) as progress:
+        for index in loader:
+            outputs.append(accelerator.gather_for_metrics(model(inputs(index)).contiguous()))
+            progress.update(len(outputs[-1]))
+    return torch.cat(outputs).cpu()
+
+
+class Steps:
+    """Learning rate, loss and accuracy of the steps of an epoch, for one classifier or, [H] a step, for several.
+
+    The tensors stay on the device: to read one, each step would have to wait for it.
+    """
+
+    def __init__(self):
+        self.rates, self.losses, self.accuracies = [], [], []
+
+    def add(self, rate: float | list[float], loss: torch.Tensor, accuracy: torch.Tensor) -> None:
+        self.rates.append(rate)
+        self.losses.append(loss)
+        self.accuracies.append(accuracy)
+
+    def over_processes(self, accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rates, losses and accuracies [steps, H] on the CPU, means over the processes."""
+        rates = torch.tensor(self.rates, dtype=torch.float64).reshape(len(self.rates), -1)
+        values = torch.stack([torch.stack(self.losses), torch.stack(self.accuracies)])
+        losses, accuracies = accelerator.reduce(values, "mean").cpu().reshape(2, len(self.rates), -1)
+        return rates, losses, accuracies
+
+
+# ------------------------------------------------------------------------------------- metrics and schedules
 
 
 def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, classes: int) -> torch.Tensor:
@@ -605,7 +829,10 @@ def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, classes: i
 
 
 def macro_f1(confusion: torch.Tensor) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), 0 for a class without any (scikit-learn's)."""
+    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), 0 for a class without any (scikit-learn's).
+
+    By hand, as importing scikit-learn takes longer than an epoch.
+    """
     tp = confusion.diag().double()
     return (2 * tp / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)).mean().item()
 
@@ -620,60 +847,48 @@ def scores(log_probs: torch.Tensor, labels: torch.Tensor) -> dict:
     }
 
 
-@torch.no_grad()
-def predict(accelerator, model, inputs, n: int, batch_size: int) -> torch.Tensor:
-    """Log-probabilities float32 [H, n, C] on the CPU of H heads for images 0..n-1, each exactly once.
+def merit(line: dict) -> tuple[float, float]:
+    """What the best epoch has the most of: validation accuracy, then the lower loss, of a line of metrics.jsonl."""
+    return line["val_accuracy"], -line["val_loss"]
 
-    `inputs(index)` gives the model's input for int64 indices; the work is shared by the processes.
+
+def cosine(step: int, total: int, warmup: float = 0.1) -> float:
+    """Share of the peak learning rate: a linear warm-up over a tenth of the steps, then a cosine to 0."""
+    warm = warmup * total
+    if step + 1 < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm) / (total + 1 - warm)))
+
+
+def constant(step: int, total: int) -> float:
+    """The peak learning rate at every step."""
+    return 1.0
+
+
+# A schedule is a function of the optimiser's step (from 0) and the number of all steps: nothing to save or resume.
+SCHEDULES = {"cosine": cosine, "constant": constant}
+
+
+def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tensor) -> int:
+    """Print whether a model has learnt a few images by heart; the exit code: 0 for yes, 1 for no.
+
+    It has with every image right and a loss under 0.05 (Karpathy, "A Recipe for Training Neural Networks").
+    `log_probs` are [N, C], or [N, H, C] of several classifiers, of which the best counts.
     """
-    loader = accelerator.prepare(DataLoader(range(n), batch_size=batch_size, collate_fn=torch.tensor))
-    model.eval()
-    parts = []
-    for index in loader:
-        log_probs = F.log_softmax(as_heads(model(inputs(index))).float(), dim=-1)
-        parts.append(accelerator.gather_for_metrics(log_probs.transpose(0, 1).contiguous()))
-    return torch.cat(parts).transpose(0, 1).cpu()
+    each = log_probs.reshape(len(labels), -1, log_probs.shape[-1]).unbind(1)
+    best = min((scores(of_head, labels) for of_head in each), key=lambda result: result["loss"])
+    passed = best["accuracy"] == 1 and best["loss"] < 0.05
+    accelerator.print(
+        f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy {best['accuracy']:.1%}, "
+        f"loss {best['loss']:.4f} (needs 100% and less than 0.05)"
+    )
+    return 0 if passed else 1
 
 
-def as_heads(logits: torch.Tensor) -> torch.Tensor:
-    """[B, C] of a model with one head, or [H, B, C], as [H, B, C]."""
-    return logits[None] if logits.dim() == 2 else logits
-
-
-def confusion_figure(confusions: dict[str, torch.Tensor], classes: list[str]):
-    """A matplotlib figure with the confusion matrices, counts and shares of the true class, up to 3 a row."""
-    from matplotlib.figure import Figure
-
-    columns, rows = min(3, len(confusions)), -(-len(confusions) // 3)
-    figure = Figure(figsize=(1.2 + 4.8 * columns, 4.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(confusions) :]:
-        axes.axis("off")
-    for axes, (title, counts) in zip(panels, confusions.items()):
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=title, xlabel="predicted", ylabel="true")
-        ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=45, ha="right")
-        axes.set_yticks(ticks, classes)
-        if len(classes) <= 12:
-            for i in ticks:
-                for j in ticks:
-                    colour = "white" if share[i, j] > 0.5 else "black"
-                    axes.text(j, i, int(counts[i, j]), ha="center", va="center", color=colour, fontsize=8)
-    return figure
-
-
-# --------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------- what config.json says
 
 # Options that change neither what a run computes nor its name.
-NEUTRAL = {"resume", "name", "checkpoint_steps", "sanity_check", "weights"}
-
-
-def each_run(args: argparse.Namespace, keys: tuple[str, ...]):
-    """One copy of `args` for every combination of the values under `keys`, which become lists of one."""
-    for values in itertools.product(*(dict.fromkeys(getattr(args, key)) for key in keys)):
-        yield argparse.Namespace(**(vars(args) | {key: [value] for key, value in zip(keys, values)}))
+NEUTRAL = {"resume", "name", "sanity_check", "weights", "data_dir"}
 
 
 def short(value) -> str:
@@ -690,446 +905,493 @@ def run_name(args, given, parser, model: str) -> str:
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
         raise UserError(f"--name {args.name}: give a plain folder name, it is made under {RUNS_DIR}/")
     parts = [args.name or f"{model}-e{args.epochs}"]
+    folder = Path(args.data_dir).resolve().name
+    if not args.name and folder != DATA_DIR:
+        parts.append(folder)
     for letter, key in (("lr", "lr"), ("", "schedule"), ("s", "seed")):
+        value = getattr(args, key)
         if not args.name or len(getattr(given, key)) > 1:
-            parts.append(letter + "+".join(map(short, getattr(args, key))))
-    told = NEUTRAL | {"epochs", "lr", "schedule", "seed"}
-    others = {k: v for k, v in vars(args).items() if k not in told and v != parser.get_default(k)}
+            parts.append(letter + "+".join(map(short, value if isinstance(value, list) else [value])))
+    spelt_out = NEUTRAL | {"epochs", "lr", "schedule", "seed"}
+    others = {k: v for k, v in vars(args).items() if k not in spelt_out and v != parser.get_default(k)}
     if others and not args.name:
         parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
     name = "-".join(parts)
-    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    whole = os.fsencode(name)
+    if len(whole) <= 120:
+        return name
+    return f"{whole[:100].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable ({error}): this is not a whole run folder") from None
+def check_free(names: list[str], resume: bool) -> None:
+    """Raise UserError for the name of a run that has a checkpoint, unless it is to be resumed."""
+    for name in names:
+        path = RUNS_DIR / name
+        checkpoint = (path / "checkpoint.pt").exists()
+        if checkpoint and not resume:
+            raise UserError(f"{path}: exists: add --resume to go on with it, or --name for another")
+        if not checkpoint and (path / "predictions.safetensors").exists():
+            raise UserError(f"{path}: exists, without its checkpoint: remove it, or give --name for another")
 
 
-# What a line of metrics.jsonl holds besides the head's name.
-NUMBERS = ("epoch", "step", "lr", "seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1")
+@torch.no_grad()
+def layer_table(model: nn.Module, x: torch.Tensor) -> list[list]:
+    """Of every layer its name and type, its output's shape without the batch, and its number of parameters."""
+    table, hooks = {}, []
+    for name, layer in model.named_modules():
+        if list(layer.children()):
+            continue
+
+        def note(layer, inputs, output, name=name):
+            parameters = sum(p.numel() for p in layer.parameters())
+            table.setdefault(name, [f"{name} {type(layer).__name__}", list(output.shape[1:]), parameters])
+
+        hooks.append(layer.register_forward_hook(note))
+    training = model.training
+    model.eval()(x)  # neither batch statistics nor random numbers are touched
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return list(table.values())
 
 
-def merit(line: dict) -> tuple[float, float]:
-    """What the best epoch has the most of: validation accuracy, then the lower loss, of a line of metrics.jsonl."""
-    return line["val_accuracy"], -line["val_loss"]
+def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, example, heads: list[dict], **more) -> dict:
+    """What config.json says of a run: all that its figures depend on. `example` is an input, `more` of the model."""
+    # The learning rate is an option, set at every step; how a step is computed changes no result.
+    passed_over = {"params", "lr", "fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay"}
+    settings = dict.fromkeys(
+        ", ".join(f"{key}={value}" for key, value in group.items() if key not in passed_over and value)
+        for group in optimizer.param_groups
+    )
+    described = {
+        "architecture": repr(model),
+        "layers": layer_table(model, example),
+        "optimizer": f"{type(optimizer).__name__} ({'; '.join(settings)})",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "backbone": None,
+    }
+    return {
+        "model": described | more,
+        "heads": heads,
+        "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
+        "data": data.description,
+        "environment": environment(accelerator),
+        "script": file_sha256(sys.argv[0]) if os.path.isfile(sys.argv[0]) else None,
+        "feature_seconds": 0.0,
+    }
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; none when it is missing. Raises UserError when it is damaged."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines:
-            for key in NUMBERS:
-                if type(line[key]) not in (int, float) or not math.isfinite(line[key]):
-                    raise ValueError(f"{key} is not a number")
-        return lines
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}): remove its run folder to start again") from None
+# --------------------------------------------------------------------------------------------- run folders
 
 
-def open_run(accelerator, name: str, config: dict, resume: bool) -> Path:
-    """Make runs/<name> with its config.json, or with `resume` check that the one there has the same options.
+class Run:
+    """A run folder runs/<name>/: its checkpoint, TensorBoard's events, and the files made from the checkpoint.
 
-    Raises UserError when the folder exists without `resume`, or was made with other options, data or model.
-    """
-    path = RUNS_DIR / name
-    exists = path.exists()
-    # Nobody looks after somebody has made it, and machines without a shared disk agree.
-    anywhere = accelerator.gather(torch.tensor([int(exists)], device=accelerator.device)).any()
-    if anywhere and not resume:
-        raise UserError(f"{path}: exists: add --resume to go on with it, or --name for another folder")
-    if exists:
-        old = read_json(path / "config.json")
-        for section in ("options", "model", "data"):
-            ours, theirs = config[section], old.get(section)
-            if not isinstance(theirs, dict):
-                raise UserError(f"{path / 'config.json'}: has no {section}: give another --name")
-            keys = ["sha256"] if section == "data" else [key for key in ours if key not in NEUTRAL]
-            odd = [key for key in keys if ours[key] != theirs.get(key)]
-            if odd:
-                raise UserError(f"{path}: was made with other {section} ({', '.join(odd)}): give another --name")
-        if accelerator.is_main_process:
-            for left in path.rglob(".*"):  # by writes that were killed
-                left.unlink()
-    elif accelerator.is_main_process:
-        RUNS_DIR.mkdir(exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=RUNS_DIR, prefix=".new-"))
-        os.chmod(made, 0o755)
-        atomic_write(made / "config.json", json.dumps(config, indent=2) + "\n")
-        os.rename(made, path)
-    accelerator.wait_for_everyone()
-    return path
+        with Run(accelerator, name, config, data, args.resume) as run:
+            run.restore(model=model, optimizer=optimizer)
+            for epoch in run.epochs(args.epochs):
+                ...
+                run.end_epoch(steps, log_probs)
+            run.finish(predict)
 
-
-# ---------------------------------------------------------------------------------------- the training loop
-
-WARMUP = 0.1
-
-
-def cosine(step: int, total: int) -> float:
-    """Share of the peak learning rate: a linear warm-up over WARMUP of the steps, then a cosine to 0."""
-    warm = WARMUP * total
-    if step + 1 < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm) / (total + 1 - warm)))
-
-
-SCHEDULES = {"cosine": cosine, "constant": lambda step, total: 1.0}
-
-
-@dataclass
-class Head:
-    """One classifier of a model: a CNN has one, the probe trains several side by side.
-
-    `prefix`: how the names of its parameters begin. The optimiser's parameter groups name their head by its
-    number under the key "head".
+    checkpoint.pt is the only truth: config.json says what it is of, and metrics.jsonl and model.safetensors are
+    written from it. Only the main process reads and writes; the others are sent what they need. `prefixes`: how
+    the parameters of each classifier in config["heads"] begin; one classifier has them all.
     """
 
-    name: str
-    lr: float
-    schedule: str
-    prefix: str = ""
+    def __init__(self, accelerator, name: str, config: dict, data: Data, resume=False, prefixes=("",)):
+        self.accelerator, self.config, self.data, self.prefixes = accelerator, config, data, prefixes
+        self.path = RUNS_DIR / name
+        self.heads = [head["name"] for head in config["heads"]]
+        self.lock = None
+        self.checkpoint, self.complete = on_main_process(accelerator, lambda: self.open(resume))
+        self.epoch = self.checkpoint["epoch"] if self.checkpoint else 0
+        self.history = self.checkpoint["history"] if self.checkpoint else []
 
-
-@dataclass
-class Task:
-    """All that training needs. `model` maps inputs to logits [B, C], or [H, B, C] for H heads.
-
-    `inputs(index, epoch)` gives the training inputs of int64 indices [B], augmented for that epoch, or plain
-    where epoch is None; `val_inputs(index)` gives those of the validation images.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    heads: list[Head]
-    inputs: object
-    labels: torch.Tensor
-    val_inputs: object
-    val_labels: torch.Tensor
-    classes: list[str]
-    epochs: int
-    batch_size: int
-    seed: int
-    label_smoothing: float = 0.1
-    subset: list[int] | None = None  # indices of the training images to use; None: all
-    batches: EpochBatches = None
-    loader: object = None
-
-    def prepare(self, accelerator) -> "Task":
-        """Hand model, optimiser and loader to Accelerate. Raises UserError for an impossible batch size."""
-        indices, processes = self.subset or range(len(self.labels)), accelerator.num_processes
-        n = len(indices)
-        if self.batch_size > n:
-            raise UserError(f"--batch-size {self.batch_size}: more than the {n} training images: give a smaller one")
-        if self.batch_size % processes:
-            raise UserError(f"--batch-size {self.batch_size}: not a multiple of the {processes} processes")
-        self.batches = EpochBatches(n, self.batch_size, self.seed)
-        loader = DataLoader(indices, batch_sampler=self.batches, collate_fn=torch.tensor)
-        self.model, self.optimizer, self.loader = accelerator.prepare(self.model, self.optimizer, loader)
-        if not gc.get_freeze_count():
-            gc.freeze()  # what start-up made stays, and is not searched again
+    def __enter__(self):
         return self
 
-    def lrs(self, step: int) -> list[float]:
-        """The learning rate of every head at an optimiser step."""
-        total = self.epochs * len(self.batches)
-        return [head.lr * SCHEDULES[head.schedule](step, total) for head in self.heads]
+    def __exit__(self, kind, error, traceback):
+        if "writer" in self.__dict__:
+            with contextlib.suppress(OSError):  # all was flushed; a full disk has been told
+                self.writer.close()
+        if self.lock:
+            self.lock.release()
+        if kind is KeyboardInterrupt:
+            start = ["python"]
+            if self.accelerator.num_processes > 1:
+                start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+            again = shlex.join([*start, *(arg for arg in sys.argv if arg != "--resume"), "--resume"])
+            raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
 
+    def open(self, resume: bool) -> tuple[dict | None, bool]:
+        """Make the folder or take it over: its checkpoint, or None, and whether the run is complete.
 
-def train_steps(accelerator, task: Task, epoch: int, start: int = 0):
-    """Train one epoch from step `start`; after each step give (step, losses [H], correct predictions [H]).
+        Raises UserError when it is there without `resume`, of something else, damaged, or trained just now.
+        """
+        from filelock import FileLock, Timeout
 
-    The two tensors stay on the device and count this process's share of the batch.
-    """
-    task.batches.epoch, task.batches.start = epoch, start
-    task.model.train()
-    steps = len(task.batches)
-    for i, index in enumerate(task.loader, start=start):
-        step = epoch * steps + i
-        lrs = task.lrs(step)
-        for group in task.optimizer.param_groups:
-            group["lr"] = lrs[group["head"]]
-        labels = task.labels[index]
-        logits = as_heads(task.model(task.inputs(index, epoch))).float()
-        every = F.cross_entropy(
-            logits.flatten(0, 1),
-            labels.repeat(len(logits)),
-            label_smoothing=task.label_smoothing,
-            reduction="none",
-        )
-        losses = every.view(len(logits), -1).mean(1)
-        task.optimizer.zero_grad()
-        accelerator.backward(losses.sum())  # heads share no parameter: the sum trains each by its own loss
-        if i + 1 == steps:
-            accelerator.unscale_gradients()  # as the histograms show them
-        task.optimizer.step()
-        yield i, losses.detach(), (logits.detach().argmax(-1) == labels).sum(1)
-
-
-def sanity_check(accelerator, task: Task, batches: int = 4, epochs: int = 60) -> int:
-    """Overfit a few batches without augmentation; print pass or fail and return the exit code, 0 or 1.
-
-    Passes with every image right and a loss under 0.05 (Karpathy, "A Recipe for Training Neural Networks").
-    """
-    n = min(batches * task.batch_size, len(task.labels))
-    pick = torch.randperm(len(task.labels), generator=generator(task.seed, "sanity"))[:n].to(accelerator.device)
-    few = dataclasses.replace(
-        task, inputs=lambda index, epoch: task.inputs(index, None), subset=pick.tolist(), epochs=epochs,
-        label_smoothing=0.0,
-    ).prepare(accelerator)  # fmt: skip
-    for epoch in tqdm(range(epochs), desc="sanity check", unit="epoch", leave=False, disable=None):
-        for _ in train_steps(accelerator, few, epoch):
-            pass
-    log_probs = predict(accelerator, few.model, lambda index: task.inputs(pick[index], None), n, task.batch_size)
-    results = [scores(of_head, task.labels[pick].cpu()) for of_head in log_probs]
-    best = min(results, key=lambda result: result["loss"])
-    passed = best["accuracy"] == 1 and best["loss"] < 0.05
-    accelerator.print(
-        f"sanity check: {'pass' if passed else 'FAIL'}: {n} images, accuracy {best['accuracy']:.1%}, "
-        f"loss {best['loss']:.4f} after {epochs} epochs (needs 100% and less than 0.05)"
-    )
-    return 0 if passed else 1
-
-
-def fit(accelerator, task: Task, path: Path, checkpoint_steps: int | None = None) -> None:
-    """Train `task` (prepared) into the run folder `path`, going on from its checkpoint if there is one.
-
-    After each epoch: validation, a line a head in metrics.jsonl, TensorBoard, model.safetensors with each
-    head's best weights by validation accuracy, checkpoint/. Raises UserError when a loss is not finite.
-    """
-    device, main, steps, n_heads = (
-        accelerator.device,
-        accelerator.is_main_process,
-        len(task.batches),
-        len(task.heads),
-    )
-    model = accelerator.unwrap_model(task.model)
-    state = load_checkpoint(path, task, accelerator)
-    if len(accelerator.gather(torch.tensor([state["step"]], device=device)).unique()) > 1:
-        raise UserError(f"{path}: not the same checkpoint for all processes: copy the folder to every machine")
-    first_epoch, done = divmod(state["step"], steps)
-    lines = [line for line in read_metrics(path / "metrics.jsonl") if line["epoch"] <= first_epoch]
-    whole = [(epoch + 1, head.name) for epoch in range(first_epoch) for head in task.heads]
-    if [(line["epoch"], line.get("head")) for line in lines] != whole:
-        raise UserError(f"{path / 'metrics.jsonl'}: lacks epochs of the checkpoint: remove {path} to start again")
-    best_path = path / "model.safetensors"
-    best, best_scores = {k: v.clone() for k, v in model.state_dict().items()}, {}
-    if lines:
-        saved = load_tensors(best_path)[0]
-        check_tensors(best_path, saved, best)
-        best = saved
-    for line in lines:
-        best_scores[line["head"]] = max(best_scores.get(line["head"], merit(line)), merit(line))
-    if first_epoch >= task.epochs:
-        accelerator.print(f"{path}: already complete")
-        return report(accelerator, task, path, lines)
-    losses = torch.zeros(steps, n_heads, device=device)
-    correct = torch.zeros(n_heads, dtype=torch.int64, device=device)
-    if done:
-        losses[:done], correct[:] = state["losses"].to(device), state["correct"].to(device)
-    purge = first_epoch * steps + 1 if first_epoch else 0  # the epoch of the checkpoint is logged again, whole
-    accelerator.init_trackers(path.name, init_kwargs={"tensorboard": {"purge_step": purge}})
-    writer = accelerator.get_tracker("tensorboard", unwrap=True) if main else None
-    if main and first_epoch == 0:
-        log_start(writer, task, read_json(path / "config.json"))
-    progress = tqdm(
-        total=task.epochs * steps,
-        initial=state["step"],
-        unit="step",
-        leave=False,
-        disable=None if main else True,
-    )
-
-    def check_loss(loss, step, h):
-        if not math.isfinite(loss):
-            raise UserError(
-                f"{path}: the loss became {loss} at step {step} with learning rate {task.lrs(step - 1)[h]:g}: "
-                f"give a smaller --lr; the last checkpoint is kept"
-            )
-
-    def checked_losses(count):
-        """This epoch's first `count` losses over all processes, on the CPU: the only wait for the device."""
-        over_all = accelerator.reduce(losses[:count], "mean").cpu()
-        if not over_all.isfinite().all():
-            i, h = (~over_all.isfinite()).nonzero()[0].tolist()
-            check_loss(over_all[i, h].item(), epoch * steps + i + 1, h)
-        return over_all
-
-    try:
-        for epoch in range(first_epoch, task.epochs):
-            started = time.perf_counter() - state["seconds"]
-            for i, step_losses, step_correct in train_steps(accelerator, task, epoch, start=done):
-                losses[i] = step_losses
-                correct += step_correct
-                progress.update()
-                if checkpoint_steps and (epoch * steps + i + 1) % checkpoint_steps == 0 and i + 1 < steps:
-                    partial = {"losses": checked_losses(i + 1), "correct": accelerator.reduce(correct).cpu()}
-                    seconds = time.perf_counter() - started
-                    if main and all(value.isfinite().all() for value in model.state_dict().values()):
-                        save_checkpoint(path, accelerator, task, epoch * steps + i + 1, seconds, partial)
-            step = (epoch + 1) * steps
-            train_losses, train_correct = checked_losses(steps), accelerator.reduce(correct).cpu()
-            train_seconds = time.perf_counter() - started
-            log_probs = predict(accelerator, task.model, task.val_inputs, len(task.val_labels), task.batch_size)
-            labels = task.val_labels.cpu()
-            new = []
-            for h, head in enumerate(task.heads):
-                val = scores(log_probs[h], labels)
-                check_loss(val["loss"], step, h)
-                new.append({
-                    "epoch": epoch + 1, "step": step, "head": head.name, "lr": task.lrs(step - 1)[h],
-                    "train_loss": train_losses[:, h].mean().item(),
-                    "train_accuracy": train_correct[h].item() / (steps * task.batch_size),
-                    **{f"val_{key}": value for key, value in val.items()},
-                })  # fmt: skip
-                if head.name not in best_scores or merit(new[-1]) > best_scores[head.name]:
-                    best_scores[head.name] = merit(new[-1])
-                    best |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith(head.prefix)}
-            seconds = time.perf_counter() - started
-            lines += [line | {"seconds": round(seconds, 3)} for line in new]
-            if main:
-                rate = (steps - done) * task.batch_size / max(train_seconds - state["seconds"], 1e-9)
-                log_epoch(writer, task, model, new, train_losses, step, rate)
-                if epoch + 1 == task.epochs:
-                    chosen = max(range(n_heads), key=lambda h: new[h]["val_accuracy"])
-                    matrix = confusion_matrix(labels, log_probs[chosen].argmax(1), len(task.classes))
-                    figure = confusion_figure({task.heads[chosen].name: matrix}, task.classes)
-                    writer.add_figure("confusion/val", figure, step)
-                writer.flush()
-                save_tensors(best_path, best, {"best": best_scores})
-                atomic_write(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-                save_checkpoint(path, accelerator, task, step, 0.0, {})
-                top = max(lines[-n_heads:], key=lambda line: line["val_accuracy"])
-                tqdm.write(
-                    f"epoch {epoch + 1}/{task.epochs}  train loss {top['train_loss']:.4f} accuracy "
-                    f"{top['train_accuracy']:.2%}  val loss {top['val_loss']:.4f} accuracy {top['val_accuracy']:.2%} "
-                    f"macro-F1 {top['val_macro_f1']:.4f}  {seconds:.2f} s"
-                    + (f"  (best of {n_heads} heads: {top['head']})" if n_heads > 1 else "")
-                )
-            done, state["seconds"] = 0, 0.0
-            correct.zero_()
-    except KeyboardInterrupt:
-        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        launcher = launcher if accelerator.num_processes > 1 else ["python"]
-        again = shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume"), "--resume"])
-        raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
-    finally:
-        progress.close()
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    accelerator.wait_for_everyone()
-    report(accelerator, task, path, lines)
-
-
-def save_checkpoint(path, accelerator, task, step: int, seconds: float, partial: dict) -> None:
-    """Write checkpoint/state.safetensors: model, optimiser, step, seconds and sums of an unfinished epoch."""
-    tensors = {f"model.{k}": v for k, v in accelerator.unwrap_model(task.model).state_dict().items()}
-    for number_, state in task.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number_}.{k}": v for k, v in state.items()}
-    tensors |= {f"partial.{k}": v for k, v in partial.items()}
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    (path / "checkpoint").mkdir(exist_ok=True)
-    meta = {"step": step, "seconds": seconds, "scaler": scaler}
-    save_tensors(path / "checkpoint" / "state.safetensors", tensors, meta)
-
-
-def load_checkpoint(path, task: Task, accelerator) -> dict:
-    """Load checkpoint/state.safetensors, if there, into model and optimiser; give the rest of what it holds.
-
-    Raises UserError when it is damaged or of another model.
-    """
-    file = path / "checkpoint" / "state.safetensors"
-    if not file.exists():
-        return {"step": 0, "seconds": 0.0}
-    tensors, meta = load_tensors(file)
-    model, steps = accelerator.unwrap_model(task.model), len(task.batches)
-    step, seconds = meta.get("step"), meta.get("seconds")
-    if type(step) is not int or not 0 < step <= steps * task.epochs:
-        raise UserError(f"{file}: damaged (step {step}): remove it to start again")
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise UserError(f"{file}: damaged (seconds {seconds}): remove it to start again")
-    like = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, p in enumerate(p for group in task.optimizer.param_groups for p in group["params"]):
-        like |= {f"optimizer.{i}.step": torch.zeros(()), f"optimizer.{i}.exp_avg": p, f"optimizer.{i}.exp_avg_sq": p}
-    if step % steps:
-        like["partial.losses"] = torch.zeros(step % steps, len(task.heads))
-        like["partial.correct"] = torch.zeros(len(task.heads), dtype=torch.int64)
-    check_tensors(file, tensors, like)
-    sections = {"model": {}, "optimizer": {}, "partial": {}}
-    for key, value in tensors.items():
-        section, rest = key.split(".", 1)
-        sections[section][rest] = value
-    model.load_state_dict(sections["model"])
-    state = {}
-    for key, value in sections["optimizer"].items():
-        parameter, name = key.split(".")
-        # Laid out as its parameter (channels-last): fused optimisers walk both by address.
-        state.setdefault(int(parameter), {})[name] = torch.empty_like(like[f"optimizer.{key}"]).copy_(value)
-    task.optimizer.load_state_dict({"state": state, "param_groups": task.optimizer.state_dict()["param_groups"]})
-    if accelerator.scaler:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            accelerator.scaler.load_state_dict(meta["scaler"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{file}: damaged (scaler: {error}): remove it to start again") from None
-    if accelerator.process_index > 0 and "correct" in sections["partial"]:
-        sections["partial"]["correct"].zero_()  # the sum over all processes is kept by the first
-    return {"step": step, "seconds": seconds, **sections["partial"]}
+            lock.acquire()  # the system lets go of it when the process is killed
+        except Timeout:
+            raise UserError(f"{self.path}: exists, and is being trained: wait for it, or give --name") from None
+        except NotImplementedError:  # a disk without locks
+            pass
+        self.lock = lock
+        check_free([self.path.name], resume)
+        checkpoint = self.read_checkpoint()
+        if checkpoint:
+            self.check_same(read_json(self.path / "config.json"))
+        elif resume:
+            print(f"{self.path}: no run to resume: starting it")
+        complete = bool(checkpoint) and (self.path / "predictions.safetensors").exists()
+        if not complete:
+            self.clean(checkpoint)
+        if not checkpoint:
+            atomic_write(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        return checkpoint, complete
+
+    def read_checkpoint(self) -> dict | None:
+        file = self.path / "checkpoint.pt"
+        if not file.exists():
+            return None
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
+        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
+            if of_machine(error):
+                raise
+            why = str(error).split("\n")[0][:100]
+            raise UserError(f"{file}: damaged ({why}): remove its run folder to start again") from None
+
+    def check_same(self, old: dict) -> None:
+        """Raise UserError unless the folder's config.json describes what this process is about to train."""
+        ours, theirs = self.config, {"model": {}, "options": {}, "data": {}} | old
+        other = [k for k, v in ours["options"].items() if k not in NEUTRAL and theirs["options"].get(k) != v]
+        other += ["the images"] * (theirs["data"].get("sha256") != ours["data"]["sha256"])
+        other += [k for k in ("backbone", "mean", "std") if theirs["model"].get(k) != ours["model"][k]]
+        if other:
+            raise UserError(f"{self.path}: was made with another setting ({', '.join(other)}): give another --name")
+        for key, what in (("architecture", "model"), ("optimizer", "optimiser")):
+            if theirs["model"].get(key) != ours["model"][key]:
+                raise UserError(
+                    f"{self.path}: its checkpoint is of another {what} than the script's: "
+                    "give the changed one a --name, or undo the change"
+                )
+        if theirs.get("script") != ours["script"]:
+            print(f"{self.path}: the script has changed since this run was started; going on with its checkpoint")
+
+    def clean(self, checkpoint: dict | None) -> None:
+        """Remove what a killed process left of our own files, and TensorBoard's events after the checkpoint."""
+        for name in ("config.json", "metrics.jsonl", "model.safetensors", "predictions.safetensors", "checkpoint.pt"):
+            left = list(self.path.glob(f".{name}.*.tmp")) + ([] if checkpoint else [self.path / name])
+            for file in left:
+                file.unlink(missing_ok=True)
+        sizes = checkpoint["events"] if checkpoint else {}
+        for name, size in self.event_sizes().items():
+            if name not in sizes:
+                (self.path / name).unlink()
+            elif size > sizes[name]:
+                os.truncate(self.path / name, sizes[name])
+
+    def event_sizes(self) -> dict[str, int]:
+        """TensorBoard's files of this run and of its classifiers, and their sizes in bytes."""
+        folders = [self.path, *(self.path / head for head in self.heads)]
+        files = [file for folder in folders for file in folder.glob("events.out.tfevents*")]
+        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+
+    def restore(self, **objects) -> None:
+        """Keep `objects`, which have a state_dict() (at least `model` and `optimizer`), in the checkpoint.
+
+        Loads their states where there is a checkpoint. Raises UserError when they do not fit.
+        """
+        self.model = self.accelerator.unwrap_model(objects["model"], keep_torch_compile=False)
+        self.objects = objects | {"model": self.model}
+        if self.accelerator.scaler:
+            self.objects["scaler"] = self.accelerator.scaler
+        self.best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        if not self.checkpoint:
+            return
+        states, self.best = self.checkpoint["states"], self.checkpoint["best"]
+        try:
+            for name, value in self.objects.items():
+                value.load_state_dict(states[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            why = str(error).split("\n")[0][:100]
+            raise UserError(f"{self.path}: its checkpoint does not fit this script ({why}): give --name") from None
+        on_main_process(self.accelerator, self.write_files)  # a kill may have come between the checkpoint and these
+
+    def epochs(self, total: int):
+        """Yield the numbers, from 0, of the epochs that are still to be trained."""
+        from accelerate.utils import set_seed
+
+        for epoch in range(self.epoch, total):
+            # What draws random numbers in training (dropout, say) begins each epoch anew, so it can be resumed.
+            key = (self.config["options"]["seed"], "epoch", epoch, self.accelerator.process_index)
+            set_seed(key_seed(*key) % 2**32)
+            self.started = time.perf_counter()
+            yield epoch
+
+    def end_epoch(self, steps: Steps, log_probs: torch.Tensor) -> None:
+        """Measure, log and save an epoch; keep each classifier's weights where they are its best by validation.
+
+        `log_probs`: of the validation images, float32 [N, C], or [N, H, C] of several classifiers. TensorBoard
+        comes first, then the checkpoint, then the files made from it. Raises UserError for a loss that is not
+        finite.
+        """
+        self.epoch += 1
+        rates, losses, accuracies = steps.over_processes(self.accelerator)
+        labels = self.data.splits["val"].labels
+        seconds = round(time.perf_counter() - self.started, 3)
+        new = []
+        for h, head in enumerate(self.heads):
+            of_head = log_probs.reshape(len(labels), -1, log_probs.shape[-1])[:, h]
+            val = scores(of_head, labels)
+            self.check_finite(losses[:, h], rates[:, h], val["loss"], head)
+            line = {"epoch": self.epoch, "step": self.epoch * len(losses), "head": head, "lr": rates[-1, h].item()}
+            line |= {"train_loss": losses[:, h].mean().item(), "train_accuracy": accuracies[:, h].mean().item()}
+            line |= {f"val_{key}": value for key, value in val.items()}
+            best = max((merit(old) for old in self.history if old["head"] == head), default=(-1.0, 0.0))
+            if merit(line) > best:
+                for key, value in self.model.state_dict().items():
+                    if key.startswith(self.prefixes[h]):
+                        self.best[key] = value.detach().cpu().clone()
+            new.append(line | {"seconds": seconds})
+        self.history = self.history + new
+
+        def record():
+            self.log_epoch(new, rates, losses)
+            self.save()
+            self.print_epoch(new)
+
+        on_main_process(self.accelerator, record)
+
+    def check_finite(self, losses: torch.Tensor, rates: torch.Tensor, val_loss: float, head: str) -> None:
+        kept = f"; the checkpoint of epoch {self.epoch - 1} is kept" if self.epoch > 1 else ""
+        where = f"{self.path}: the loss of {head} is no longer a number"
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0])
+            rate = f"at step {step + 1} of epoch {self.epoch}, with learning rate {rates[step].item():g}"
+            raise UserError(f"{where} {rate}: give a smaller --lr{kept}")
+        if not math.isfinite(val_loss):
+            raise UserError(f"{where} in validation after epoch {self.epoch}: give a smaller --lr{kept}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt, and the files that are made from it."""
+        self.writer.flush()
+        checkpoint = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "best": self.best,
+            "states": {name: value.state_dict() for name, value in self.objects.items()},
+            # Events behind these sizes are cut off when the run is resumed, as their epoch is logged again.
+            "events": self.event_sizes(),
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        atomic_write(self.path / "checkpoint.pt", buffer.getvalue())
+        self.write_files()
+
+    def write_files(self) -> None:
+        save_tensors(self.path / "model.safetensors", self.best, {})
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def print_epoch(self, new: list[dict]) -> None:
+        top = max(new, key=merit)
+        which = f"  (best of {len(new)}: {top['head']})" if len(new) > 1 else ""
+        print(
+            f"epoch {self.epoch}/{self.config['options']['epochs']}  train loss {top['train_loss']:.4f} accuracy "
+            f"{top['train_accuracy']:.2%}  val loss {top['val_loss']:.4f} accuracy {top['val_accuracy']:.2%} "
+            f"macro-F1 {top['val_macro_f1']:.4f}  {top['seconds']:.2f} s{which}",
+            flush=True,
+        )
+
+    def finish(self, predict_split) -> None:
+        """Write predictions.safetensors: log-probabilities and labels of val and test by the best weights.
+
+        `predict_split(name)` gives those of a split's images by the model, as in `end_epoch`.
+        """
+        if self.complete:
+            self.accelerator.print(f"{self.path}: already complete")
+            return
+        self.model.load_state_dict(self.best)
+        tensors = {}
+        for name in [name for name in self.data.splits if name != "train"]:
+            labels = self.data.splits[name].labels
+            log_probs = predict_split(name).float()
+            tensors[f"{name}.log_probs"] = log_probs.reshape(len(labels), -1, log_probs.shape[-1]).transpose(0, 1)
+            tensors[f"{name}.labels"] = labels
+
+        def record():
+            try:
+                self.log_end(tensors["val.log_probs"])
+            finally:  # a picture never costs a result
+                save_tensors(self.path / "predictions.safetensors", tensors, {"heads": self.heads})
+            self.print_end()
+
+        on_main_process(self.accelerator, record)
+
+    def print_end(self) -> None:
+        top = max(self.history, key=merit)
+        which = f" of {top['head']}" if len(self.heads) > 1 else ""
+        seconds = sum(line["seconds"] for line in self.history if line["head"] == self.heads[0])
+        print(
+            f"best epoch {top['epoch']}{which}: validation accuracy {top['val_accuracy']:.2%}, "
+            f"macro-F1 {top['val_macro_f1']:.4f}; {seconds:.1f} s\n"
+            f"run folder {self.path}; compare all runs with: python evaluate.py"
+        )
+
+    @functools.cached_property
+    def writer(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.path))
+
+    def tag(self, name: str, head: str) -> str:
+        return f"{name}/{head}" if len(self.heads) > 1 else name
+
+    def show_images(self, images: Images, count: int = 8) -> None:
+        """TensorBoard: the first training images of each class as they are augmented in the first epoch."""
+        if self.checkpoint or not self.accelerator.is_main_process:
+            return
+        labels = self.data.splits["train"].labels
+        for label, name in enumerate(self.data.classes[:100]):
+            index = (labels == label).nonzero()[:count, 0].to(images.images.device)
+            x = images.augmented(index, 0) * images.std + images.mean
+            self.writer.add_images(f"training images/{name}", (x / 255).clamp(0, 1).cpu(), 0)
+
+    def log_epoch(self, new: list[dict], rates: torch.Tensor, losses: torch.Tensor) -> None:
+        """TensorBoard: the epoch's scalars, about fifty of its steps, histograms of weights and gradients."""
+        count = len(losses)
+        for h, line in enumerate(new):
+            for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_macro_f1"):
+                split, name = key.split("_", 1)
+                self.writer.add_scalar(self.tag(f"{name}/{split}", line["head"]), line[key], self.epoch)
+            for i in range(0, count, math.ceil(count / 50)):
+                step = (self.epoch - 1) * count + i + 1
+                self.writer.add_scalar(self.tag("by step/loss", line["head"]), losses[i, h].item(), step)
+                self.writer.add_scalar(self.tag("by step/learning rate", line["head"]), rates[i, h].item(), step)
+        for name, parameter in self.model.named_parameters():
+            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+                if values is not None and values.isfinite().all():
+                    self.writer.add_histogram(f"{kind}/{name}", values.float().cpu().numpy(), self.epoch)
+
+    def log_end(self, log_probs: torch.Tensor) -> None:
+        """TensorBoard: a row of hyperparameters for each classifier, and the best one's confusion matrix."""
+        from PIL import Image
+
+        labels, options = self.data.splits["val"].labels, self.config["options"]
+        results = [scores(of_head, labels) for of_head in log_probs]
+        named = {"lr", "schedule", "features", "seed", "epochs", "batch_size"}
+        others = {k: v for k, v in options.items() if k not in NEUTRAL | named | {"deterministic"}}
+        for head, result in zip(self.config["heads"], results):
+            # TensorBoard shows them in alphabetical order.
+            row = {"learning rate": head["lr"], "schedule": head["schedule"], "features": head["features"] or "pixels"}
+            row |= {"seed": options["seed"], "epochs": options["epochs"], "batch size": options["batch_size"]}
+            row |= {"setting/model": head["model"]} | {f"setting/{key}": value for key, value in others.items()}
+            metrics = {"final/accuracy": result["accuracy"], "final/macro_f1": result["macro_f1"]}
+            self.writer.add_hparams(row, metrics, run_name=head["name"] if len(results) > 1 else ".")
+        best = max(range(len(results)), key=lambda h: results[h]["accuracy"])
+        counts = confusion_matrix(labels, log_probs[best].argmax(1), len(self.data.classes))
+        name, epochs = self.config["heads"][best]["model"], options["epochs"]
+        title = f"{name}, {epochs} epoch{'s' * (epochs > 1)}, validation"
+        with drawing(title, *self.data.classes):
+            figure = new_figure(6.5, 6)
+            draw_confusion(figure.subplots(), counts, self.data.classes, title)
+            picture = np.array(Image.open(io.BytesIO(png(figure))).convert("RGB"))
+        self.writer.add_image("confusion matrix", picture, epochs, dataformats="HWC")
+        self.writer.flush()
 
 
-def tag(task: Task, line: dict, name: str) -> str:
-    return name if len(task.heads) == 1 else f"{name}/{line['head']}"
+# ------------------------------------------------------------------------------------------------- pictures
 
 
-def log_start(writer, task: Task, config: dict) -> None:
-    """TensorBoard: the hyperparameters and, for a model fed with pictures, a grid of training images."""
-    from torch.utils.tensorboard.summary import hparams
+def font_families(text: str) -> list[str]:
+    """matplotlib's own font, and of the installed ones those that it needs for `text`."""
+    from matplotlib import font_manager
 
-    options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config["options"].items()}
-    for summary in hparams(options, {"accuracy/val": 0}):
-        writer._get_file_writer().add_summary(summary)
-    x = task.inputs(torch.arange(min(64, len(task.labels)), device=task.labels.device), 0)
-    if x.dim() == 4:
-        x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-6)
-        pad = F.pad(x, (1, 1, 1, 1), value=1.0)
-        pad = F.pad(pad, (0, 0, 0, 0, 0, 0, 0, -len(pad) % 8), value=1.0)
-        rows = [torch.cat(list(row), dim=2) for row in pad.split(8)]
-        writer.add_image("training images", torch.cat(rows, dim=1), 0)
+    families = ["DejaVu Sans"]
+    missing = set(map(ord, text)) - font_manager.get_font(font_manager.findfont(families[0])).get_charmap().keys()
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        found = missing & font_manager.get_font(entry.fname).get_charmap().keys()
+        if found:
+            families.append(entry.name)
+            missing -= found
+    return families
 
 
-def log_epoch(writer, task: Task, model, lines: list[dict], losses, step: int, rate: float) -> None:
-    """TensorBoard: the epoch's scalars, about fifty of its step losses, histograms of weights and gradients."""
-    steps = len(losses)
-    for h, line in enumerate(lines):
-        for name in ("loss", "accuracy"):
-            writer.add_scalar(tag(task, line, f"{name}/train"), line[f"train_{name}"], step)
-            writer.add_scalar(tag(task, line, f"{name}/val"), line[f"val_{name}"], step)
-        writer.add_scalar(tag(task, line, "macro_f1/val"), line["val_macro_f1"], step)
-        for i in range(0, steps, math.ceil(steps / 50)):
-            at = step - steps + i + 1
-            writer.add_scalar(tag(task, line, "loss/step"), losses[i, h].item(), at)
-            writer.add_scalar(tag(task, line, "lr"), task.lrs(at - 1)[h], at)
-    writer.add_scalar("images_per_second", rate, step)
-    for name, parameter in model.named_parameters():
-        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu().numpy(), step)
-        if parameter.grad is not None:
-            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu().numpy(), step)
+@contextlib.contextmanager
+def drawing(*texts: str):
+    """Where matplotlib figures are made and written: `texts` appear as they are, without mathtext or warnings."""
+    # What a notebook's shell sets may not exist here; pictures in files need no backend.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    settings = {"text.parse_math": False, "font.family": font_families("".join(texts))}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
 
 
-def report(accelerator, task: Task, path: Path, lines: list[dict]) -> None:
-    """Print how the run ended: the best epoch by validation, the time, the folder, how to evaluate it."""
-    top = max(lines, key=merit)
-    seconds = sum({line["epoch"]: line["seconds"] for line in lines}.values())
-    accelerator.print(
-        f"best epoch {top['epoch']}" + (f" of {top['head']}" if len(task.heads) > 1 else "") + ": validation accuracy "
-        f"{top['val_accuracy']:.2%}, macro-F1 {top['val_macro_f1']:.4f}; {seconds:.1f} s\n"
-        f"run folder {path}; evaluate with: python evaluate.py {path}"
-    )
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure of so many inches, without pyplot."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure, dpi: int = 100) -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def draw_confusion(axes, counts: torch.Tensor, classes: list[str], title: str) -> None:
+    """A confusion matrix int64 [C, C]: colour = share of the true class, numbers = images, while they fit."""
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    every = math.ceil(len(classes) / 40)  # more labels cannot be read
+    ticks = range(0, len(classes), every)
+    names = [classes[i] if len(classes[i]) <= 24 else classes[i][:23] + "…" for i in ticks]
+    size = 10 if len(classes) <= 12 else 6
+    axes.set_xticks(ticks, names, rotation=45 if len(classes) <= 12 else 90, ha="right", fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    if len(classes) <= 12:
+        for i, j in itertools.product(range(len(classes)), repeat=2):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, int(counts[i, j]), ha="center", va="center", color=colour, fontsize=9)
+
+
+# -------------------------------------------------------------------------------------- using a trained model
+
+
+def load_weights(model: nn.Module, run: str | Path, config: dict) -> nn.Module:
+    """Load the best weights of a run folder, in eval mode. Raises UserError when they are of another model."""
+    run = Path(run)
+    if repr(model) != config["model"]["architecture"]:
+        raise UserError(f"{run}: is of another model than this script's: use the script that trained it")
+    weights, own = load_tensors(run / "model.safetensors")[0], model.state_dict()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+        raise UserError(f"{run / 'model.safetensors'}: does not fit the model of its config.json: copy the run again")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def read_files(files: list[str | Path], config: dict) -> torch.Tensor:
+    """Image files as the images of a run folder's data: uint8 [N, C, S, S]. Raises UserError as `read_image`."""
+    images = read_images([Path(file) for file in files], "reading")
+    return stack_images(images, config["options"]["image_size"], config["data"]["channels"])
+
+
+def name_classes(logits: torch.Tensor, classes: list[str]) -> list[dict[str, float]]:
+    """For each row of logits [N, C] the probabilities by class name, the largest first."""
+    rows = [dict(zip(classes, row)) for row in logits.float().softmax(1).tolist()]
+    return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]

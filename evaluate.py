@@ -1,254 +1,586 @@
-"""Evaluate trained runs: accuracy, macro-F1, confusion matrices, learning rates, paired comparison.
+"""Compare trained runs: a report to hand in, its pictures, and a table of all runs.
 
-    python evaluate.py                                   (every run folder under runs/)
-    python evaluate.py runs/cnn-e10-lr0.005-cosine-s0 --out results
+    python evaluate.py                               (all run folders under runs/, into report/)
+    python evaluate.py runs/cnn-e10* runs/my-cnn     (only these)
+    python evaluate.py --out results                 (to another folder)
 
-Reads config.json, metrics.jsonl and model.safetensors of each run and the images it was trained with, and test/ if
-there is one; for a probe also its backbone's weights (as train_vit_probe.py). Writes evaluation.md and PNG pictures
-to --out. Of runs that differ in learning rate or schedule the best on validation is chosen, never by test.
+Reads config.json, metrics.jsonl and predictions.safetensors of each run: no model, no weights. Two kinds of pictures
+show images, which are read from the run's data folder while they are those that it was trained with. Writes
+report.md, runs.csv (a row for each trained classifier) and PNG pictures. Of learning rates and schedules the best by
+validation is chosen, never by test.
 
-Exit code 0: all evaluated; 1: some run could not be read, is named on stderr and left out; 2: none could be read.
+Exit code 0: all evaluated; 1: some run was left out, as stderr and the report say; 2: none could be read.
 """
 
+import csv
+import functools
 import io
 import itertools
+import json
 import math
-import os
 import re
 import shlex
-import statistics
 import sys
-from dataclasses import dataclass
+import textwrap
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-import train_cnn
 from common import UserError
 
-# What a damaged file can raise where it is used; RuntimeError is also torch's for shapes that do not fit.
-DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError)
-# Options that are part of a model's name, or change nothing that is compared; the others make a setting.
-NAMED = common.NEUTRAL | {"epochs", "lr", "schedule", "seed", "data_dir", "image_size", "features", "views"}
-NAMED |= {"no_pretrained", "export_features", "deterministic"}
-ALL_CURVES = 12  # of more only the chosen ones are drawn
-NAMES = {"val": "validation", "test": "test"}
-MARKS = {
-    "random backbone": "the ViT is not pretrained: a control",
-    "recorded features": "the features of the frozen ViT were read from a file, rounded to 8 bits",
-}
-Z = 1.959963984540054  # 97.5% quantile of the normal distribution
+# What a reader can take, and a report of 200 lines: models in a table, models side by side, numbers of epochs.
+MODELS, FEW, LENGTHS = 12, 4, 3
+# Options that leave a model what it is: in these it is trained in several ways, and those change nothing.
+SETTING = {"epochs", "lr", "schedule", "seed"}
+NEUTRAL = {"name", "resume", "data_dir", "deterministic", "features", "weights", "sanity_check"}
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"]
+COLORS += ["#8c564b", "#e377c2", "#000000", "#bcbd22", "#7f7f7f", "#00d084"]
+
+REPORT = """\
+# CNN against a linear probe on ViT-Tiny
+
+Made by `{command}` on {device} from {count}. When it is made again, only section 7 is kept. \
+Every classifier with its options and figures: [runs.csv](runs.csv).
+
+## 1 Data
+
+{data}
+{augmentation}
+## 2 The CNN
+
+{cnn}
+## 3 The probe on ViT-Tiny
+
+{probe}
+{which_layer}
+## 4 Profile
+
+{profile}
+## 5 Comparison
+
+Learning rate and schedule are the best by validation for each model and number of epochs. ±: standard deviation \
+over seeds (n - 1). 95% interval: Wilson's, for other images, not for other seeds. Training: in the best epoch, on \
+augmented images. Seconds: of a run's training and validation with its features' forward passes, so of all heads of a \
+probe together. {few}
+
+{results}
+{confusion}
+{learning_curves}
+### Differences
+
+Two models on the same images. Only A, only B: images that only one of them has right. p: McNemar's exact test. 95% \
+interval of B - A: Agresti and Min (2005; Wald's with half an image added to each of the four cells). All these are of \
+one seed; the last column is the mean over all seeds that both have.
+
+{pairs}
+### Classes
+
+F1, mean over the seeds; of many classes the ten that are hardest.
+
+{classes}
+### Learning rates
+
+{rates}
+{accuracy_by_lr}
+### Mistakes
+
+{mistakes}
+## 6 What was left out
+
+{left_out}
+{conclusions}
+## 8 Versions
+
+{versions}
+"""
+CONCLUSIONS = """\
+## 7 Conclusions
+
+**Which model converges faster?** (learning-curves.png; the rows of the fewest epochs in section 5)
+
+Your answer:
+
+**Which model needs more resources?** (section 4; parameters in sections 2 and 3)
+
+Your answer:
+
+**Which model generalises better?** (accuracy, macro-F1, differences and confusion matrices in section 5)
+
+Your answer:
+
+**Which model needs less training time?** (seconds in section 5; learning-curves.png, on the right)
+
+Your answer:
+
+**Do other learning rates change the answer?** (learning rates in section 5)
+
+Your answer:
+"""
 
 
-@dataclass(eq=False)  # one is itself only: tensors do not compare
-class Result:
-    """One classifier (a run, or one head of a probe) and what it predicts.
+# ------------------------------------------------------------------------------------------- reading the runs
 
-    `log_probs` float32 [N, C] and `scores` by split: "val" and, where the data have it, "test". `curve`: its lines
-    of metrics.jsonl, seconds with those before the first epoch; `settings`: other options, as text; `setting`:
-    learning rate, schedule and what else tells it from the other runs of its family.
+
+@dataclass(eq=False)  # equal is only itself: tensors do not compare
+class Classifier:
+    """A trained classifier (a run, or one head of a probe) and what it predicts on the images of `split`.
+
+    `split`: "test", or "val" where its data have no test/. `labels` and `predictions` are int64 [N], `confidences`
+    float32 [N] the probabilities of the predictions, `curve` its lines of metrics.jsonl, `row` that of runs.csv.
     """
 
-    run: Path
-    family: str
+    config: dict
+    head: dict
+    curve: list[dict]
+    split: str
+    labels: torch.Tensor
+    predictions: torch.Tensor
+    confidences: torch.Tensor
+    row: dict
+
+    @functools.cached_property
+    def options(self) -> dict:
+        """The options that make another model of it."""
+        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NEUTRAL}
+        return options | {"training_images": self.config["data"]["counts"]["train"]}
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for what may be averaged over seeds and chosen from; paths are no part of it."""
+        model, head = self.config["model"], self.head
+        # A probe's head is the same model whatever other heads were trained beside it.
+        network = [head.get(key, model[key]) for key in ("architecture", "optimizer")]
+        hashes = self.config["data"]["sha256"]
+        return json.dumps([head["model"], head["features"], network, model["backbone"], hashes, self.options])
+
+
+def read_run(path: Path) -> list[Classifier]:
+    """The classifiers of a run folder. Raises UserError for one that is not there, not whole or damaged."""
+    if not (path / "config.json").is_file():
+        what = "not a run folder, it has no config.json" if path.exists() else "no such folder"
+        raise UserError(f"{what}: name folders under {common.RUNS_DIR}/, or none for all of them")
+    config = common.read_json(path / "config.json")
+    if not {"model", "heads", "options", "data", "environment", "feature_seconds"} <= config.keys():
+        raise UserError("config.json: not of these scripts, or of an older version: train it again")
+    epochs, classes = config["options"]["epochs"], config["data"]["classes"]
+    if not (path / "predictions.safetensors").exists():
+        raise UserError(f"unfinished: start its training of {epochs} epochs again with --resume")
+    tensors = common.load_tensors(path / "predictions.safetensors")[0]
+    lines = common.read_metrics(path / "metrics.jsonl")
+    classifiers = []
+    for h, head in enumerate(config["heads"]):
+        curve = [line for line in lines if line.get("head") == head["name"]]
+        if [line["epoch"] for line in curve] != list(range(1, epochs + 1)):
+            raise UserError(f"metrics.jsonl: not a line for each of {epochs} epochs: copy or train the run again")
+        best = max(curve, key=common.merit)
+        row = {"run": path.as_posix(), "model": head["model"], "epochs": epochs, "lr": head["lr"]}
+        row |= {"schedule": head["schedule"], "seed": config["options"]["seed"], "features": head["features"]}
+        row |= {key: head.get(key, config["model"][key]) for key in ("parameters", "trainable")}
+        row["seconds"] = config["feature_seconds"] + sum(line["seconds"] for line in curve)
+        row |= {"best_epoch": best["epoch"], "train_accuracy": best["train_accuracy"]}
+        for split in ["val", "test"] if "test.labels" in tensors else ["val"]:  # the last one is reported
+            nothing = torch.empty(0)
+            labels, log_probs = (tensors.get(f"{split}.{key}", nothing) for key in ("labels", "log_probs"))
+            if log_probs.shape != (len(config["heads"]), len(labels), len(classes)):
+                raise UserError("predictions.safetensors: does not fit config.json: copy or train the run again")
+            row |= {f"{split}_{key}": value for key, value in common.scores(log_probs[h], labels).items()}
+        confidences, predictions = log_probs[h].exp().max(1)
+        classifiers.append(Classifier(config, head, curve, split, labels, predictions, confidences, row))
+    return classifiers
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Classifier], dict[Path, str]]:
+    """All classifiers for the classes of the most runs, and why the other folders are left out."""
+    runs, left_out = {}, {}
+    for path in tqdm(folders, "reading", unit=" runs", leave=False, delay=1, disable=None):
+        try:
+            runs[path] = read_run(path)
+        except UserError as error:
+            left_out[path] = str(error).removeprefix(f"{path}/")
+    classes = {path: tuple(members[0].config["data"]["classes"]) for path, members in runs.items()}
+    usual = Counter(classes.values()).most_common(1)
+    for path in classes:
+        if classes[path] != usual[0][0]:
+            left_out[path] = f"its {len(classes[path])} classes are not those of most runs: evaluate it by itself"
+            del runs[path]
+    return list(itertools.chain(*runs.values())), left_out
+
+
+# ------------------------------------------------------------------------------------- grouping and choosing
+
+
+def option_text(key: str, value) -> str:
+    """An option for a reader: "weight decay 0.1", "no flip", "fp32"."""
+    words = key.replace("_", " ")
+    if key == "mixed_precision":
+        return "fp32" if value == "no" else str(value)
+    if isinstance(value, bool):
+        return words if value else f"no {words}".replace("no no ", "")
+    return f"{value:,} {words}" if key == "training_images" else f"{words} {value}"
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def natural(text: str) -> list:
+    """What to sort names by: grid2 comes before grid10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
+
+
+@dataclass(eq=False)
+class Setting:
+    """A model trained for so many epochs with one learning rate and schedule: a classifier for each seed."""
+
+    model: str
     epochs: int
     lr: float
     schedule: str
-    seed: int
-    settings: dict
-    data: common.Data
-    curve: list[dict]
-    device: str
-    log_probs: dict
-    scores: dict
-    setting: str = ""
-
-    def reported(self):
-        """Log-probabilities, predictions and labels of the split that is reported."""
-        log_probs = self.log_probs[self.split]
-        return log_probs, log_probs.argmax(1), self.data.splits[self.split].labels
-
-    @property
-    def split(self) -> str:
-        return "test" if "test" in self.scores else "val"
+    seeds: dict[int, Classifier] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        return f"{self.family}, {self.epochs} epoch" + "s" * (self.epochs > 1)
+        return f"{self.model}, {self.epochs} epoch{'s' * (self.epochs > 1)}"
 
     @property
-    def confusion(self) -> torch.Tensor:
-        return common.confusion_matrix(*self.reported()[:0:-1], len(self.data.classes))
+    def first(self) -> Classifier:
+        return self.seeds[min(self.seeds)]
+
+    def values(self, key: str) -> list[float]:
+        """A column of runs.csv, accuracies in percent; "accuracy" and "macro_f1" are of the split that is reported."""
+        key = f"{self.first.split}_{key}" if key in ("accuracy", "macro_f1") else key
+        return [c.row[key] * (100 if "accuracy" in key else 1) for c in self.seeds.values()]
+
+    def curve(self, key: str) -> list[list[float]]:
+        """For each epoch the values of metrics.jsonl, accuracies in percent."""
+        epochs = zip(*(c.curve for c in self.seeds.values()))
+        return [[line[key] * (100 if "accuracy" in key else 1) for line in lines] for lines in epochs]
+
+    def merit(self) -> tuple[float, float]:
+        return fmean(self.values("val_accuracy")), -fmean(self.values("val_loss"))
 
 
-# ------------------------------------------------------------------------------------------- reading a run
+def name_models(classifiers: list[Classifier]) -> list[str]:
+    """Name each classifier's model as it was called and, where others are called so too, by what differs.
+
+    Returns what there is to say of models that only a number tells apart.
+    """
+    called, taken, notes = {}, set(), []
+    for c in classifiers:
+        called.setdefault(c.head["model"], {}).setdefault(c.identity, []).append(c)
+    for name, variants in called.items():
+        options = [members[0].options for members in variants.values()]
+        for members in variants.values():
+            texts, number = [], 1
+            for key, value in members[0].options.items():
+                others = Counter(str(other.get(key)) for other in options)
+                count = others.pop(str(value))
+                # What more variants have than anything else need not be said of each.
+                if others and count <= max(others.values()):
+                    texts.append(option_text(key, value))
+            full = unique = f"{name} ({', '.join(texts)})" if texts else name
+            while unique in taken:
+                number += 1
+                unique = f"{full} ({number})"
+            taken.add(unique)
+            row = members[0].row
+            if number > 1:
+                notes.append(
+                    f"{unique} is {row['run']} ({row['parameters']:,} parameters) and its like: another network, "
+                    f"optimiser or other images than {full}"
+                )
+            for c in members:
+                c.row["model"] = unique
+    return notes
 
 
-def check(fine: bool, what: str) -> None:
-    if not fine:
-        raise UserError(what)
+class Study:
+    """The classifiers in groups: models, their settings, and the best of each model and number of epochs."""
+
+    def __init__(self, classifiers: list[Classifier], left_out: dict[Path, str]):
+        self.classifiers, self.classes = classifiers, classifiers[0].config["data"]["classes"]
+        self.notes = [f"{path}: {why}" for path, why in left_out.items()] + name_models(classifiers)
+        settings, self.best, leaders = {}, {}, {}
+        for c in classifiers:
+            key = c.row["model"], c.row["epochs"], c.row["lr"], c.row["schedule"]
+            kept = settings.setdefault(key, Setting(*key)).seeds.setdefault(c.row["seed"], c)
+            if kept is not c:
+                self.notes.append(f"{c.row['run']} repeats {kept.row['run']} ({kept.head['name']}): counted once")
+        self.settings = sorted(settings.values(), key=Setting.merit, reverse=True)
+        for s in self.settings:
+            self.best.setdefault((s.model, s.epochs), s)
+            backbone, features = s.first.config["model"]["backbone"], s.first.head["features"]
+            kind = backbone and backbone["weights"], features and features.rstrip("0123456789")
+            leaders.setdefault(kind, s.model)
+        # From best to worst, but first the best of each kind, or one kind could fill the report.
+        ranked = list(dict.fromkeys([*leaders.values(), *(s.model for s in self.settings)]))
+        lengths = sorted({s.epochs for s in self.settings})
+        self.lengths = lengths if len(lengths) <= LENGTHS else lengths[:1] + lengths[1 - LENGTHS :]
+        self.models = sorted(ranked, key=natural)
+        self.shown = sorted(ranked[: MODELS if len(lengths) < LENGTHS else MODELS // 2], key=natural)
+        self.few = sorted(ranked[:FEW], key=natural)
+        self.colors = dict(zip(self.shown, COLORS))
+
+    def choose(self, models: list[str], longest=False) -> list[Setting]:
+        """The best settings of these models, by number of epochs; or of each model only that of the most epochs."""
+        lengths = sorted({s.epochs for s in self.settings}) if longest else self.lengths
+        pairs = [(model, epochs) for epochs in lengths for model in models]
+        chosen = [self.best[pair] for pair in pairs if pair in self.best]
+        return list({s.model: s for s in chosen}.values()) if longest else chosen
+
+    def blocks(self, epochs: int) -> dict[int, Setting]:
+        """The best setting of each block that a probe's grid was taken of."""
+        found = {}
+        for s in self.settings:  # the best come first
+            block = re.fullmatch(r"grid(\d+)", s.first.head["features"] or "")
+            if block and s.epochs == epochs:
+                found.setdefault(int(block[1]), s)
+        return dict(sorted(found.items()))
 
 
-def once(cache: dict, key, make):
-    """`make()`, kept in `cache` under `key`."""
-    if key not in cache:
-        cache[key] = make()
-    return cache[key]
+# ------------------------------------------------------------------------------------------------ pictures
 
 
-def load_images(data_dir: str, image_size: int) -> tuple[common.Data, dict]:
-    """Train, val and, if there is one, test images of a data folder, and the hashes of train and val."""
-    data = common.load_data(data_dir, image_size)
-    hashes = data.describe()["sha256"]
-    data.path = os.path.relpath(Path(data_dir).resolve())
-    # Read by itself: the size and colours of the test images must not change how the others are stored.
-    if (Path(data_dir) / "test").is_dir():
-        test = common.load_data(data_dir, image_size, ("test",))
-        check(test.classes == data.classes, f"{data_dir}/test: has other classes than train/")
-        check(test.channels <= data.channels, f"{data_dir}/test: has colours, train/ is grey: convert it")
-        data.splits["test"] = test.splits["test"]
-        data.splits["test"].images = test.splits["test"].images.expand(-1, data.channels, -1, -1).contiguous()
-    return data, hashes
+def plot_band(axes, x, values: list[list[float]], **style) -> None:
+    """The mean of the values at each x, and a band from the least to the most."""
+    axes.plot(x, list(map(fmean, values)), markersize=4, **style)
+    axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.15, linewidth=0)
+    axes.grid(alpha=0.3)
 
 
-def read_curves(path: Path, epochs: int) -> dict[str, list[dict]]:
-    """The lines of metrics.jsonl by head. Raises UserError unless there is one for every epoch."""
-    curves = {}
-    for line in common.read_metrics(path):
-        curves.setdefault(line["head"], []).append(line)
-    last = min(map(len, curves.values()), default=0)
-    check(last >= epochs, f"unfinished: {last} of {epochs} epochs: go on with --resume")
-    whole = all([line["epoch"] for line in curve] == list(range(1, epochs + 1)) for curve in curves.values())
-    check(whole, f"metrics.jsonl: is not one line for each of {epochs} epochs")
-    return curves
+def leave_out_bad(panels: list, ideal: float) -> None:
+    """One y range for all panels, without what is eight times as far from `ideal` as the best quarter of all.
+
+    Otherwise one bad run would flatten the others.
+    """
+    bands = [band.get_paths()[0].vertices[:, 1] for axes in panels for band in axes.collections]
+    distances = np.abs(np.concatenate(bands) - ideal)
+    limit = 8 * max(np.quantile(distances, 0.25), 6 if ideal else 0.25)
+    shown = distances[distances <= limit]
+    margin = 0.05 * np.ptp(shown) or 1
+    near, far = shown.min() - margin, shown.max() + margin
+    for axes in panels:
+        axes.set_ylim(*((ideal - far, ideal - near) if ideal else (near, far)))
 
 
-def open_cnn(config: dict, data: common.Data, device):
-    """The CNN (without its weights), a function from split to function from indices to input, its name."""
+def draw_curves(study: Study, settings: list[Setting]):
+    """Accuracy and loss of training and validation against epochs, accuracy against seconds, and all the seconds."""
+    from matplotlib.ticker import LogLocator
 
-    def inputs(split: str):
-        images = train_cnn.make_input(config, data.splits[split], device)
-        return lambda index: images.plain(index).contiguous(memory_format=torch.channels_last)
-
-    size = config["options"]["image_size"]
-    usual = size == train_cnn.make_parser().get_default("image_size")
-    model = train_cnn.make_model(config).to(memory_format=torch.channels_last)
-    return model, inputs, ["CNN" if usual else f"CNN ({size} px)"]
-
-
-def open_probe(config: dict, data: common.Data, accelerator, weights: str | None, cache: dict):
-    """Like `open_cnn`: the heads, the features that training saw, a name a head."""
-    import train_vit_probe as probe  # imports timm: only where it is needed
-
-    size, views, precision = (config["options"][key] for key in ("image_size", "views", "mixed_precision"))
-    choices, kind = [head["features"] for head in config["model"]["heads"]], config["model"]["weights"]
-    recorded, random, key = probe.BUNDLED.name in kind, kind == "random backbone", (kind, size, precision)
-    how = accelerator, weights, not random, size, precision
-    backbone = once(cache, key, lambda: probe.open_backbone(*how, bundled=recorded))
-    for name, ours in (backbone.identity | {"tokens": [list(token) for token in backbone.tokens]}).items():
-        theirs = config["model"][name]
-        check(theirs == ours, f"made with another backbone: its {name} is {theirs}, here it is {ours}")
-
-    def inputs(split: str):
-        extract = lambda: probe.extract(accelerator, backbone, data.splits[split])  # noqa: E731
-        features = once(cache, (*key, data.path, split), extract)[0].to(accelerator.device)
-        return lambda index: features[index]
-
-    marks = [f"{size} px"] * (size != probe.make_parser().get_default("image_size"))
-    marks += [f"{views} views"] * bool(views) + ["random backbone"] * random + ["recorded features"] * recorded
-    marks = f" ({', '.join(marks)})" if marks else ""
-    model = probe.Heads(choices, len(data.classes), backbone.tokens)
-    return model, inputs, [f"ViT-Tiny {choice}{marks}" for choice in choices]
-
-
-def evaluate_run(accelerator, path: Path, weights: str | None, cache: dict) -> list[Result]:
-    """One Result for each head of the run in the folder `path`. Raises UserError or one of DAMAGE."""
-    for file in ("config.json", "metrics.jsonl", "model.safetensors"):
-        check((path / file).is_file(), f"no file {file}: not a whole run folder")
-    config = common.read_json(path / "config.json")
-    options, name, environment = config["options"], config["model"]["name"], config["environment"]
-    check(name in ("cnn", "vit"), "config.json: is not of a CNN or a ViT probe")
-    size, precision, seed = options["image_size"], options["mixed_precision"], int(options["seed"][0])
-    check(8 <= size <= 1024, "config.json: image_size is not in range")
-    curves = read_curves(path / "metrics.jsonl", options["epochs"])
-    heads = [{"name": "cnn", "lr": options["lr"][0], "schedule": options["schedule"][0]}]
-    if name == "vit":
-        heads = config["model"]["heads"]
-    known = all(0 < float(head["lr"]) < math.inf and head["schedule"] in common.SCHEDULES for head in heads)
-    check(known, "config.json: unknown learning rate or schedule")
-    check(list(curves) == [head["name"] for head in heads], "metrics.jsonl: has other heads than config.json")
-
-    where = Path(options["data_dir"]).resolve()
-    data, hashes = once(cache, (where, size), lambda: load_images(options["data_dir"], size))
-    check(config["data"]["classes"] == data.classes, f"its classes are not those of {data.path}")
-    check(config["data"]["sha256"] == hashes, f"the images in {data.path} are not those it was trained with")
-    if name == "cnn":
-        model, inputs, families = open_cnn(config, data, accelerator.device)
-    else:
-        model, inputs, families = open_probe(config, data, accelerator, weights, cache)
-    model.load_state_dict(common.load_tensors(path / "model.safetensors")[0])
-    check(all(t.isfinite().all() for t in model.state_dict().values()), "model.safetensors: has values not finite")
-    model.to(accelerator.device)
-    # As training validates, to the batch size, so that the numbers are the same; inputs are not autocast.
-    model.forward = common.autocast(accelerator.device, precision)(model.forward)
-    log_probs = {
-        split: common.predict(accelerator, model, inputs(split), len(images.labels), options["batch_size"])
-        for split, images in data.splits.items()
-        if split != "train"
-    }
-
-    settings = {key: str(value) for key, value in sorted(options.items()) if key not in NAMED}
-    results = []
-    for h, (head, family) in enumerate(zip(heads, families)):
-        curve, of_head = curves[head["name"]], {split: of_heads[h] for split, of_heads in log_probs.items()}
-        curve[0]["seconds"] += environment.get("feature_seconds", 0)
-        scores = {split: common.scores(values, data.splits[split].labels) for split, values in of_head.items()}
-        told, found = max(curve, key=common.merit)["val_accuracy"], scores["val"]["accuracy"]
-        # Another device may decide a few close images otherwise; more is a file of another run, or damage.
-        near = abs(found - told) <= max(0.01, 2 / len(data.splits["val"].labels))
-        check(near, f"its weights have {found:.2%} validation accuracy where its metrics.jsonl says {told:.2%}")
-        results.append(Result(
-            path, family, options["epochs"], float(head["lr"]), head["schedule"], seed, settings, data, curve,
-            str(environment["device"]), of_head, scores,
-        ))  # fmt: skip
-    return results
+    figure = common.new_figure(13, 7 + 0.15 * len(settings))
+    (*by_epoch, by_time), (*losses, time) = figure.subplots(2, 3)
+    panels = dict(zip(["train_accuracy", "val_accuracy", "train_loss", "val_loss"], by_epoch + losses))
+    for i, s in enumerate(settings):
+        color, dashed = study.colors[s.model], s.epochs < max(study.lengths)
+        style = {"color": color, "linestyle": "--" if dashed else "-", "marker": "^" if dashed else "o"}
+        for key, axes in panels.items():
+            plot_band(axes, range(1, s.epochs + 1), s.curve(key), **style)
+        seconds = list(itertools.accumulate(map(fmean, s.curve("seconds"))))
+        plot_band(by_time, seconds, s.curve("val_accuracy"), label=f"{s.title} (lr {s.lr:g}, {s.schedule})", **style)
+        features = s.first.config["feature_seconds"]
+        time.barh(-i, features, color=color, edgecolor="white", hatch="//", alpha=0.5)
+        time.barh(-i, seconds[-1], left=features, color=color)
+        text = f" {features:.3g} + {seconds[-1]:.3g} s" if features else f" {seconds[-1]:.3g} s"
+        time.text(features + seconds[-1], -i, text, va="center", fontsize=9)
+    for key, axes in panels.items():
+        split, figures = key.split("_")
+        unit = {"accuracy": "%", "loss": "nats"}[figures]
+        axes.set(title=f"{SPLITS[split]} {figures} ({unit})", xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    leave_out_bad([*by_epoch, by_time], ideal=100)
+    leave_out_bad(losses, ideal=0)
+    by_time.set(
+        title=by_epoch[1].get_title(), xlabel="seconds of training, for a probe after its features", xscale="log"
+    )
+    by_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_time.xaxis.set_major_formatter("{x:g}")
+    by_time.minorticks_off()
+    time.set(title="time (model, epochs)", xlabel="seconds: features (hatched) + training", xmargin=0.35)
+    time.set_yticks(
+        [-i for i in range(len(settings))], [f"{clip(s.model, 18)}, {s.epochs}" for s in settings], fontsize=8
+    )
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    return figure
 
 
-def evaluate_all(accelerator, folders: list[Path], weights: str | None, cache: dict) -> tuple[list[Result], dict]:
-    """Results of all run folders that can be read, and why the others cannot, by folder."""
-    results, skipped = [], {}
-    for path in tqdm(folders, desc="evaluating", unit="run", leave=False, disable=None):
+def row_of_panels(lengths: list[int], **settings):
+    """A figure with a panel for each number of epochs, for validation accuracy."""
+    figure = common.new_figure(2 + 5 * len(lengths), 5)
+    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
+    for axes, epochs in zip(panels, lengths):
+        axes.set(title=f"{epochs} epoch{'s' * (epochs > 1)}", ylabel="validation accuracy (%)", **settings)
+    return figure, dict(zip(lengths, panels))
+
+
+def draw_rates(study: Study, lengths: list[int]):
+    """Validation accuracy against learning rate: a panel a number of epochs, a line a model and schedule."""
+    figure, panels = row_of_panels(lengths, xlabel="learning rate", xscale="log")
+    schedules, lines, handles = list(dict.fromkeys(s.schedule for s in study.settings)), {}, {}
+    for s in sorted(study.settings, key=lambda s: s.lr):
+        if s.model in study.few and s.epochs in lengths:
+            lines.setdefault((s.model, s.schedule, s.epochs), {})[s.lr] = s.values("val_accuracy")
+    for (model, schedule, epochs), points in sorted(lines.items()):
+        i = schedules.index(schedule) % 4
+        style = {"color": study.colors[model], "linestyle": ["-", ":", "--", "-."][i], "marker": "osD^"[i]}
+        plot_band(panels[epochs], list(points), list(points.values()), label=f"{model}, {schedule}", **style)
+        handles[model, schedule] = panels[epochs].lines[-1]
+    rates = sorted(set().union(*lines.values()))
+    for axes in panels.values():
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+        axes.minorticks_off()
+    leave_out_bad(list(panels.values()), ideal=100)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def draw_layers(study: Study, lengths: list[int]):
+    """Validation accuracy against the block of the features, beside that of the last block's features."""
+    figure, panels = row_of_panels(lengths, xlabel="block")
+    for epochs, axes in panels.items():
+        blocks = study.blocks(epochs)
+        values = [s.values("val_accuracy") for s in blocks.values()]
+        plot_band(axes, list(blocks), values, color="black", marker="o", label="grid of a block")
+        axes.set_xticks(list(blocks))
+        for (model, length), s in sorted(study.best.items()):
+            if length == epochs and s.first.head["features"] in ("class", "last"):
+                values, color = s.values("val_accuracy"), study.colors.get(model, "gray")
+                axes.axhspan(min(values), max(values), color=color, alpha=0.15, linewidth=0)
+                axes.axhline(fmean(values), color=color, linestyle="--", label=model)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_confusions(study: Study):
+    """Confusion matrices: a row for each number of epochs, a column for each of a few models."""
+    figure = common.new_figure(1.6 + 2.9 * len(study.few), 1.5 + 3 * len(study.lengths))
+    grid = figure.subplots(len(study.lengths), len(study.few), squeeze=False)
+    for (i, epochs), (j, model) in itertools.product(enumerate(study.lengths), enumerate(study.few)):
+        if (model, epochs) not in study.best:
+            grid[i, j].set_visible(False)
+            continue
+        s = study.best[model, epochs]
+        counts = common.confusion_matrix(s.first.labels, s.first.predictions, len(study.classes))
+        common.draw_confusion(grid[i, j], counts, study.classes, "\n".join([*textwrap.wrap(s.title, 30)]))
+        grid[i, j].label_outer()
+    return figure
+
+
+def draw_mistakes(s: Setting, images: torch.Tensor, classes: list[str]):
+    """The twelve most confident mistakes with true and predicted class."""
+    c = s.first
+    wrong = c.predictions != c.labels
+    order = torch.where(wrong, c.confidences, -1).argsort(descending=True, stable=True)
+    figure = common.new_figure(10, 8.5)
+    figure.suptitle(f"{s.title}: most confident mistakes on {SPLITS[c.split]}")
+    for place, i in enumerate(order[: min(12, wrong.sum())].tolist(), 1):
+        axes = figure.add_subplot(3, 4, place)
+        axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        true, predicted = clip(classes[c.labels[i]], 24), clip(classes[c.predictions[i]], 24)
+        axes.set_title(f"true: {true}\npredicted: {predicted} ({c.confidences[i]:.1%})", fontsize=9)
+        axes.axis("off")
+    return figure
+
+
+def draw_augmentation(c: Classifier, split: common.Split, classes: list[str]):
+    """Of each class (ten at most) a training image, and what the run sees of it in its first five epochs."""
+    model, options = c.config["model"], c.config["options"]
+    augmentation = {"crop_scale": options["crop_scale"], "flip": not options["no_flip"], "seed": options["seed"]}
+    images = common.Images(split.images, options["image_size"], model["mean"], model["std"], **augmentation)
+    index = torch.tensor([split.labels.tolist().index(label) for label in range(min(10, len(classes)))])
+    inputs = [images.plain(index), *(images.augmented(index, epoch) for epoch in range(5))]
+    figure = common.new_figure(8, 1.1 * len(index) + 0.4)
+    grid = figure.subplots(len(index), len(inputs), squeeze=False)
+    for (i, j), axes in np.ndenumerate(grid):
+        pixels = ((inputs[j][i] * images.std + images.mean) / 255).clamp(0, 1)
+        axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[], title="" if i else f"epoch {j}" if j else "stored")
+        if j == 0:
+            axes.set_ylabel(clip(classes[i], 24), rotation=0, ha="right", va="center")
+    return figure
+
+
+def plan_pictures(study: Study) -> dict:
+    """What to draw: by file name a caption and a function that makes the figure. Notes what cannot be drawn."""
+    curves = study.choose(study.shown, longest=len(study.shown) > FEW)
+    caption = "Learning curves: means over the seeds, bands from least to most; what is far worse lies outside"
+    pictures = {"learning-curves.png": (caption, lambda: draw_curves(study, curves))}
+    pictures["confusion.png"] = "Confusion matrices of the lowest seed", lambda: draw_confusions(study)
+    rates = Counter((s.model, s.schedule, s.epochs) for s in study.settings if s.model in study.few)
+    swept = [n for n in study.lengths if any(count >= 3 for (*_, epochs), count in rates.items() if epochs == n)]
+    layered = [n for n in study.lengths if len(study.blocks(n)) >= 3]
+    if swept:
+        pictures["accuracy-by-lr.png"] = "Accuracy by learning rate", lambda: draw_rates(study, swept)
+    if layered:
+        pictures["which-layer.png"] = "Which layer?", lambda: draw_layers(study, layered)
+
+    load = functools.cache(common.load_data)
+    # Equal hashes are equal pixels, whatever folder and size they are read with: once is enough.
+    source = {str(c.config["data"]["sha256"]): c.config["options"] for c in study.classifiers}
+
+    def add(name: str, caption: str, c: Classifier, split: str, draw) -> None:
+        hashes = c.config["data"]["sha256"]
+        folder, size = (source[str(hashes)][key] for key in ("data_dir", "image_size"))
         try:
-            new = evaluate_run(accelerator, path, weights, cache)
-            r = (results or new)[0]
-            check(new[0].data.classes == r.data.classes, f"has other classes than {r.run}: name the runs to take")
-            results += new
-        except (UserError, *DAMAGE) as error:
-            why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"
-            skipped[path] = " ".join(why.replace(f"{path}/", "").split())[:300]
-            tqdm.write(f"evaluate.py: skipped {path}: {skipped[path]}", file=sys.stderr)
-    sizes = {r.data.path: len(r.data.splits["train"].labels) for r in results}
-    for r in results if len(sizes) > 1 else ():  # models trained with other images are families of their own
-        same = list(sizes.values()).count(sizes[r.data.path]) > 1
-        r.family += f", {sizes[r.data.path]:,} training images" + (f" of {r.data.path}" if same else "")
-    for r in results:
-        others = [other.settings for other in results if other.family == r.family]
-        varied = [key for key in r.settings if len({other.get(key) for other in others}) > 1]
-        r.setting = ", ".join([f"lr {r.lr:g}", r.schedule, *(f"{k.replace('_', ' ')} {r.settings[k]}" for k in varied)])
-    results.sort(key=lambda r: (r.family, r.epochs, r.schedule, r.lr, r.seed, str(r.run)))
-    return results, skipped
+            if not Path(folder).is_dir():
+                raise UserError(f"there is no folder {folder} here")
+            data = load(folder, size)
+            if data.description["sha256"].get(split) != hashes[split]:
+                raise UserError(f"{folder} has other images now")
+            pictures[name] = caption, lambda: draw(data.splits[split])
+        except UserError as error:
+            study.notes.append(f"{name} is not drawn: {error}")
+
+    augmented = [c for c in study.classifiers if c.head["features"] is None or c.options.get("views")]
+    for c in augmented[:1]:
+        caption = "A training image of each class as it is stored, and as the first epochs see it"
+        add("augmentation.png", caption, c, "train", lambda split, c=c: draw_augmentation(c, split, study.classes))
+    for i, s in enumerate(study.choose(study.few, longest=True), 1):
+        slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24]
+        name, caption = f"mistakes-{slug.strip('-')}.png", f"The most confident mistakes of {s.title}"
+        if name in {"mistakes-.png", *pictures}:
+            name = f"mistakes-{i}.png"
+        add(name, caption, s.first, s.first.split, lambda split, s=s: draw_mistakes(s, split.images, study.classes))
+    return pictures
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# -------------------------------------------------------------------------------------------------- report
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share of n."""
-    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    return centre - half, centre + half
+def escape(text) -> str:
+    """Text that Markdown shows unchanged; an underscore between letters is harmless."""
+    return re.sub(r"[\\`*\[\]<>$~&#]|\b_|_\b", r"\\\g<0>", " ".join(str(text).split()))
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    return common.markdown_table(list(map(escape, header)), [list(map(escape, row)) for row in rows])
+
+
+def list_some(items: list[str], most: int) -> str:
+    """A Markdown list; what is too much for it comes together in its last line."""
+    items = items if len(items) <= most else [*items[:most], f"and {len(items) - most} more: {'; '.join(items[most:])}"]
+    return "".join(f"- {escape(clip(item, 2000))}\n" for item in items)
+
+
+def mean_sd(values: list[float], digits: int = 2) -> str:
+    """The mean, and ± standard deviation (n - 1) where there are several."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def wilson(s: Setting) -> str:
+    """95% interval, in percent, of the mean accuracy over seeds as if it were of one classifier."""
+    from scipy.stats import binomtest
+
+    n = len(s.first.labels)
+    interval = binomtest(round(fmean(s.values("accuracy")) * n / 100), n).proportion_ci(method="wilson")
+    return f"{100 * interval.low:.2f} to {100 * interval.high:.2f}"
 
 
 def paired(right_a: torch.Tensor, right_b: torch.Tensor) -> dict:
@@ -257,298 +589,262 @@ def paired(right_a: torch.Tensor, right_b: torch.Tensor) -> dict:
     p: McNemar's exact test. low, high: 95% interval of accuracy b - a by Agresti and Min (2005), the Wald
     interval after adding half an image to each of the four cells.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest, norm
 
     n, only_a, only_b = len(right_a), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    difference = (only_b - only_a) / (n + 2)
-    half = Z * math.sqrt((only_a + only_b + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
-    low, high = difference - half, difference + half
-    return {"only_a": only_a, "only_b": only_b, "p": p, "difference": (only_b - only_a) / n, "low": low, "high": high}
+    middle = (only_b - only_a) / (n + 2)
+    half = norm.ppf(0.975) * math.sqrt(((only_a + only_b + 1) / (n + 2) - middle**2) / (n + 2))
+    result = {"only_a": only_a, "only_b": only_b, "p": p, "difference": (only_b - only_a) / n}
+    return result | {"low": middle - half, "high": middle + half}
 
 
-def group(results: list[Result]) -> dict[tuple, dict[int, Result]]:
-    """Configurations (family, epochs, schedule, lr, settings) -> their runs by seed, the first where one repeats."""
-    configurations = {}
-    for r in results:
-        key = (r.family, r.epochs, r.schedule, r.lr, tuple(r.settings.items()))
-        configurations.setdefault(key, {}).setdefault(r.seed, r)
-    return configurations
+def data_section(study: Study) -> str:
+    rows = {}
+    for c in study.classifiers:
+        data = c.config["data"]
+        counts = [data["counts"].get(split, "none") for split in ("train", "val", "test")]
+        rows.setdefault(str(data["sha256"]), [data["path"], *counts])
+    text = table(["Images of", "Training", "Validation", "Test"], list(rows.values())[:4])
+    text += f"\n{len(study.classes)} classes: {escape(clip(', '.join(study.classes), 500))}.\n"
+    if any(c.split == "val" for c in study.classifiers):
+        text += "Where there are no test images, every figure is of validation.\n"
+    return text + ("Only models of the same images are compared in pairs.\n" if len(rows) > 1 else "")
 
 
-def choose(configurations: dict) -> list[dict[int, Result]]:
-    """Of each family and number of epochs the configuration with the best mean validation accuracy."""
-    best = {}
-    for runs in configurations.values():
-        of = [r.scores["val"] for r in runs.values()]
-        merit = statistics.fmean(s["accuracy"] for s in of), -statistics.fmean(s["loss"] for s in of)
-        key = first(runs).title
-        if key not in best or merit > best[key][0]:
-            best[key] = merit, runs
-    return [runs for _, runs in best.values()]
+def cnn_section(best: Setting | None, others: list[Setting]) -> str:
+    if not best:
+        return "None was trained: `python train_cnn.py --epochs 10`\n"
+    model = best.first.config["model"]
+    rows = [[name, " x ".join(map(str, shape)), f"{count:,}"] for name, shape, count in model["layers"]]
+    text = table(["Layer", "Output", "Parameters"], rows[:14])
+    text += f"\n{model['parameters']:,} parameters in {len(rows)} layers. {training_text(best)}"
+    counts = [f"{escape(s.model)}: {s.first.row['parameters']:,}" for s in others]
+    return text + (f"\nParameters of the others: {'; '.join(counts)}.\n" if counts else "")
 
 
-def first(runs: dict[int, Result]) -> Result:
-    """The run with the lowest seed."""
-    return runs[min(runs)]
+def training_text(s: Setting) -> str:
+    options = ", ".join(option_text(key, value) for key, value in s.first.options.items())
+    optimizer = clip(s.first.config["model"]["optimizer"], 80)
+    return escape(f"{s.title}: learning rate {s.lr:g} ({s.schedule}), {options}, {optimizer}") + "\n"
 
 
-def mean_sd(values: list[float], digits: int = 2) -> str:
-    """The mean, and ± standard deviation (n - 1) where there are several."""
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+def probe_section(settings: list[Setting]) -> str:
+    rows = []
+    for s in settings:
+        backbone, row = s.first.config["model"]["backbone"], s.first.row
+        counts = [f"{count:,}" for count in (row["trainable"], row["parameters"] - row["trainable"])]
+        rows.append([s.model, f"{backbone['name']}, {backbone['weights']}", row["features"], *counts])
+    if not rows:
+        return "None was trained: `python train_vit_probe.py --epochs 10`\n"
+    text = table(["Model", "Backbone", "Features", "Parameters trained", "frozen"], rows[:5])
+    return f"{text}\nOnly a linear layer is trained. {training_text(settings[0])}"
 
 
-def score(runs: dict[int, Result], split: str, key: str = "accuracy") -> str:
-    """A score of a configuration, accuracy in %; a dash where the data have no such split."""
-    of = [r.scores[split][key] for r in runs.values() if split in r.scores]
-    return (mean_sd([100 * v for v in of]) if key == "accuracy" else mean_sd(of, 4)) if of else "-"
+def layers_text(study: Study) -> str:
+    """Which block is best by validation, and whether that is more than chance."""
+    epochs = max(n for n in study.lengths if study.blocks(n))
+    values = {block: s.values("val_accuracy") for block, s in study.blocks(epochs).items()}
+    means = {block: fmean(of_block) for block, of_block in values.items()}
+    best, n = max(means, key=means.get), study.classifiers[0].config["data"]["counts"]["val"]
+    spread = fmean(max(of_block) - min(of_block) for of_block in values.values())
+    error = math.sqrt(means[best] * (100 - means[best]) / n)  # one seed has no spread
+    alike = [str(block) for block in means if means[best] - means[block] <= max(spread, error)]
+    return (
+        f"After {epochs} epochs block {best} is the best by validation with {means[best]:.2f}%, the worst has "
+        f"{min(means.values()):.2f}%. The seeds of a block are {spread:.2f} points apart on average, and {n:,} images "
+        f"give a standard error of {error:.2f}: no further from the best are the blocks {', '.join(alike)}.\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+def profile_section(out: Path) -> str:
+    if not (out / "profile.json").exists():
+        return f"Not measured yet: `python profile_models.py --out {out.as_posix()}`\n"
+    profile = common.read_json(out / "profile.json")
+    rows = table(profile["header"], profile["rows"][:10])
+    return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'], 2)}"
 
 
-def new_figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "Validation (%)", "Learning rate", "Seeds"]
+RESULTS += ["95% interval", "Training (%)", "Seconds", "Images"]
 
 
-def curves_figure(results: list[Result], chosen: list[dict]):
-    """Validation accuracy and loss against epochs and seconds, of all classifiers or of the chosen ones."""
-    shown = results if len(results) <= ALL_CURVES else [first(runs) for runs in chosen]
-    families = list(dict.fromkeys(r.family for r in shown))
-    figure = new_figure(12, 8.5)
-    axes = figure.subplots(2, 2, sharey="row")
-    for i, r in enumerate(shown):
-        family, longest = families.index(r.family), r.epochs == max(s.epochs for s in shown)
-        style = {"color": f"C{(i if shown is results else family) % 10}", "linestyle": "-" if longest else "--"}
-        style |= {"label": f"{r.title}, {r.setting}, seed {r.seed}", "marker": "os^Dv<>"[family % 7]}
-        seconds = list(itertools.accumulate(line["seconds"] for line in r.curve))
-        for row, key, factor in zip(axes, ("val_accuracy", "val_loss"), (100, 1)):
-            for one, x in zip(row, (range(1, r.epochs + 1), seconds)):
-                one.plot(x, [factor * line[key] for line in r.curve], **style)
-    for row, name in zip(axes, ("validation accuracy (%)", "validation loss (nats)")):
-        row[0].set(xlabel="epoch", ylabel=name)
-        row[0].xaxis.get_major_locator().set_params(integer=True)
-        row[1].set(xlabel="seconds of training, with the extraction of features", xscale="log")
-    for one in axes.flat:
-        one.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+def results_rows(study: Study) -> list[list]:
+    rows = []
+    for s in study.choose(study.shown):
+        row = [s.model, s.epochs, mean_sd(s.values("accuracy")), mean_sd(s.values("macro_f1"), 4)]
+        row += [mean_sd(s.values("val_accuracy")), f"{s.lr:.3g} {s.schedule}", len(s.seeds), wilson(s)]
+        row += [mean_sd(s.values("train_accuracy")), f"{fmean(s.values('seconds')):.1f}"]
+        rows.append([*row, f"{len(s.first.labels):,} {SPLITS[s.first.split]}"])
+    return rows
 
 
-def rates_figure(configurations: dict):
-    """Validation accuracy against learning rate: a panel a number of epochs, a line a family and schedule."""
-    lines = {}
-    for runs in configurations.values():
-        r = first(runs)
-        line = lines.setdefault((r.epochs, r.family, r.setting.partition(", ")[2]), [])
-        line.append((r.lr, [100 * s.scores["val"]["accuracy"] for s in runs.values()]))
-    lengths, families = (list(dict.fromkeys(keys)) for keys in list(zip(*sorted(lines)))[:2])
-    figure, handles = new_figure(1 + 5.5 * len(lengths), 5.5), {}
-    panels = dict(zip(lengths, figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]))
-    for (epochs, family, rest), points in sorted(lines.items()):
-        lrs, values = zip(*sorted(points))
-        handles[f"{family}, {rest}"] = panels[epochs].errorbar(
-            lrs, list(map(statistics.fmean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-            color=f"C{families.index(family) % 10}", capsize=3, fmt="s--" if "constant" in rest else "o-",
-        )  # fmt: skip
-    for epochs, axes in panels.items():
-        axes.set(xscale="log", xlabel="learning rate", title=f"{epochs} epoch{'s' * (epochs > 1)}")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation accuracy (%), mean ± sd over seeds")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+def pairs_table(study: Study) -> str:
+    """A row for each two of a few models with as many epochs, a common seed and the same images."""
+    header = ["A", "B", "Epochs", "Seed", "Only A", "Only B", "B - A (points)", "95% interval", "p", "B - A, all seeds"]
+    rows = []
+    for a, b in itertools.combinations(study.choose(study.few), 2):
+        results = {}
+        for seed in sorted(a.seeds.keys() & b.seeds.keys()):
+            one, other = a.seeds[seed], b.seeds[seed]
+            hashes = [c.config["data"]["sha256"][c.split] for c in (one, other)]
+            if a.epochs == b.epochs and hashes[0] == hashes[1]:
+                results[seed] = paired(one.predictions == one.labels, other.predictions == other.labels)
+        for seed, t in list(results.items())[:1]:
+            interval = f"{100 * t['low']:+.2f} to {100 * t['high']:+.2f}"
+            row = [
+                a.model,
+                b.model,
+                a.epochs,
+                seed,
+                t["only_a"],
+                t["only_b"],
+                f"{100 * t['difference']:+.2f}",
+                interval,
+            ]
+            rows.append([*row, f"{t['p']:.2g}", mean_sd([100 * result["difference"] for result in results.values()])])
+    return table(header, rows[:12]) if rows else "None were trained for as many epochs with the same seed.\n"
 
 
-def mistakes_figure(r: Result):
-    """The twelve most confident mistakes with true and predicted class."""
-    log_probs, predictions, labels = r.reported()
-    confidence = log_probs.amax(1).exp()
-    order = torch.where(predictions == labels, -1, confidence).argsort(descending=True, stable=True)
-    figure = new_figure(10, 8.5)
-    figure.suptitle(f"{r.title}: most confident mistakes on {r.split}")
-    panels = figure.subplots(3, 4).ravel()
-    for axes in panels:
-        axes.axis("off")
-    for axes, i in zip(panels, order[: int((predictions != labels).sum())].tolist()):
-        image = r.data.splits[r.split].images[i].permute(1, 2, 0)
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        true, told = r.data.classes[labels[i]], r.data.classes[predictions[i]]
-        axes.set_title(f"true: {true}\npredicted: {told} ({confidence[i]:.1%})", fontsize=9)
-    return figure
+def classes_table(study: Study) -> str:
+    """F1 of each class for a few models; of many classes those that are hardest."""
+    from sklearn.metrics import classification_report
+
+    names, columns = study.classes, {}
+    for s in study.choose(study.few, longest=len(study.lengths) > 2):
+        reports = []
+        for c in s.seeds.values():
+            options = {"labels": range(len(names)), "output_dict": True, "zero_division": 0}
+            reports.append(classification_report(c.labels.numpy(), c.predictions.numpy(), **options))
+        columns[s.title] = [fmean(report[str(i)]["f1-score"] for report in reports) for i in range(len(names))]
+    hardest = sorted(range(len(names)), key=lambda i: sum(column[i] for column in columns.values()))[:10]
+    support = [int(reports[0][str(i)]["support"]) for i in range(len(names))]
+    rows = [[names[i], *(f"{column[i]:.4f}" for column in columns.values()), support[i]] for i in sorted(hardest)]
+    return table(["Class", *columns, "Images"], rows)
 
 
-def draw(out: Path, results: list[Result], configurations: dict, chosen: list[dict]) -> list[str]:
-    """Write the pictures to `out`; returns their file names."""
-    shown = sorted(map(first, chosen), key=lambda r: r.epochs)  # the models of one length side by side
-    matrices = {f"{r.title.replace(', ', chr(10))}, {r.split}": r.confusion for r in shown}
-    figures = {"confusion": common.confusion_figure(matrices, results[0].data.classes)}
-    figures["learning-curves"] = curves_figure(results, chosen)
-    if len({(r.family, r.lr) for r in results}) > len({r.family for r in results}):
-        figures["accuracy-by-lr"] = rates_figure(configurations)
-    for r in {r.family: r for r in shown}.values():  # the last, so the longest
-        slug = re.sub("[^a-z0-9]+", "-", r.family.lower()).strip("-")
-        figures[f"mistakes-{slug}-e{r.epochs}"] = mistakes_figure(r)
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        common.atomic_write(out / f"{name}.png", buffer.getvalue())
-    return [f"{name}.png" for name in figures]
+def rates_table(study: Study) -> str:
+    """Validation accuracy by rate, for the schedule of the best: a column a model and number of epochs."""
+    columns = {}
+    for s in study.settings:
+        best = study.best[s.model, s.epochs]
+        if best in study.choose(study.few) and s.schedule == best.schedule:
+            columns.setdefault(f"{s.title}, {s.schedule}", {})[s.lr] = mean_sd(s.values("val_accuracy"))
+    rates = sorted(set().union(*columns.values()))
+    if len(rates) < 2:
+        return "Only one was tried; `--lr 1e-3 5e-3 2e-2` tries several, for either training script.\n"
+    names = sorted(columns, key=natural)[:8]
+    rows = [[f"{rate:g}", *(columns[name].get(rate, "") for name in names)] for rate in rates[:8]]
+    return "Validation accuracy (%):\n\n" + table(["Learning rate", *names], rows)
 
 
-# -------------------------------------------------------------------------------------------------- report
-
-METHODS = """\
-The setting of each model with the best mean validation accuracy. ±: standard deviation (n - 1) over seeds. 95% \
-interval: Wilson's, for other images, not for other seeds. Gap: validation minus test accuracy.
-"""
-COMPARED = """\
-Pairs of trained models on the same images. Only A, only B: images that only one of them has right; p: McNemar's \
-exact test; 95% interval of B - A: Agresti and Min (2005; Wald's with half an image added to each of the four cells).
-"""
-
-
-def interval(runs: dict[int, Result]) -> str:
-    share = statistics.fmean(r.scores[r.split]["accuracy"] for r in runs.values())
-    return " to ".join(f"{100 * limit:.2f}" for limit in wilson(share, len(first(runs).reported()[2])))
-
-
-def gap(runs: dict[int, Result]) -> str:
-    gaps = [r.scores["val"]["accuracy"] - r.scores[r.split]["accuracy"] for r in runs.values() if r.split == "test"]
-    return mean_sd([100 * value for value in gaps]) if gaps else "-"
-
-
-# What a column says of a configuration (its runs by seed), or of one run.
-COLUMNS = {
-    "Run": lambda runs: first(runs).run.name,
-    "Model": lambda runs: first(runs).family,
-    "Epochs": lambda runs: first(runs).epochs,
-    "Setting": lambda runs: first(runs).setting,
-    "Seed": lambda runs: first(runs).seed,
-    "Seeds": len,
-    "Best epoch": lambda runs: max(first(runs).curve, key=common.merit)["epoch"],
-    "Accuracy (%)": lambda runs: score(runs, first(runs).split),
-    "Macro-F1": lambda runs: score(runs, first(runs).split, "macro_f1"),
-    "95% interval (%)": interval,
-    "Validation (%)": lambda runs: score(runs, "val"),
-    "Validation macro-F1": lambda runs: score(runs, "val", "macro_f1"),
-    "Test (%)": lambda runs: score(runs, "test"),
-    "Test macro-F1": lambda runs: score(runs, "test", "macro_f1"),
-    "Gap (points)": gap,
-    "Seconds": lambda runs: f"{sum(line['seconds'] for line in first(runs).curve):.1f}",
-    "Images": lambda runs: f"{len(first(runs).reported()[2]):,} {NAMES[first(runs).split]}",
-}
-BOTH = ["Validation (%)", "Test (%)", "Test macro-F1"]
-RUNS = ["Run", "Model", "Epochs", "Setting", "Seed", "Best epoch", "Validation macro-F1", *BOTH, "Seconds"]
-RATES = ["Model", "Epochs", "Setting", "Seeds", *BOTH]
-RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "95% interval (%)", "Validation (%)", "Gap (points)"]
-RESULTS += ["Setting", "Seeds", "Images"]
+def write_report(study: Study, pictures: dict, out: Path) -> str:
+    """The text of report.md; the conclusions of the one that is there are kept."""
+    old = (out / "report.md").read_text("utf-8", "replace") if (out / "report.md").exists() else ""
+    kept = re.search(r"^## 7 .*?(?=^## 8 )", old, re.M | re.S)
+    machine, parts = common.environment(), defaultdict(str)
+    for name, (caption, _) in pictures.items():
+        key = "mistakes" if name.startswith("mistakes") else name.removesuffix(".png").replace("-", "_")
+        parts[key] += f"![{escape(caption)}]({name})\n"
+    if parts["which_layer"]:
+        parts["which_layer"] += "\n" + layers_text(study)
+    if len(study.few) < len(study.models):
+        parts["few"] = f"Of {len(study.models)} models the {len(study.shown)} best by validation; side by side "
+        parts["few"] += f"{escape(', '.join(study.few))}, the best and the best of each kind; all are in runs.csv."
+    longest = sorted(study.choose(study.shown, longest=True), key=Setting.merit, reverse=True)
+    probes = [s for s in longest if s.first.config["model"]["backbone"]]
+    best, *others = [s for s in longest if s not in probes] or [None]
+    trained = dict.fromkeys(f"trained on {c.config['environment']['device']}" for c in study.classifiers)
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts |= {
+        "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
+        "device": machine["device"],
+        "count": f"{len(study.classifiers)} classifiers of {len({c.row['run'] for c in study.classifiers})} runs",
+        "data": data_section(study),
+        "cnn": cnn_section(best, others),
+        "probe": probe_section(probes),
+        "profile": profile_section(out),
+        "results": table(RESULTS, results_rows(study)),
+        "pairs": pairs_table(study),
+        "classes": classes_table(study),
+        "rates": rates_table(study),
+        "left_out": list_some(study.notes, 6) or "Nothing.\n",
+        "conclusions": kept[0].strip() + "\n" if kept else CONCLUSIONS,
+        "versions": list_some([f"evaluated on {machine['device']} with {versions}", *trained], 4),
+    }
+    return re.sub("\n{3,}", "\n\n", REPORT.format_map(parts))
 
 
-def table(names: list[str], rows, **more) -> str:
-    """Markdown: the named COLUMNS, and those in `more`, of each of `rows`, which are runs by seed."""
-    columns = {name: COLUMNS[name] for name in names} | more
-    return common.markdown_table(list(columns), [[of(runs) for of in columns.values()] for runs in rows])
+def csv_text(study: Study) -> str:
+    """runs.csv: a row for each classifier, with the options that vary between them."""
+    values = Counter(pair for c in study.classifiers for pair in {(k, str(v)) for k, v in c.options.items()})
+    varied = [key for key, count in Counter(key for key, _ in values).items() if count > 1]
+    rows = [c.row | {key: c.options.get(key) for key in varied} for c in study.classifiers]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
-def about(results: list[Result], configurations: dict, skipped: dict, accelerator) -> str:
-    """What was evaluated, where and with what."""
-    now, data = common.environment(accelerator), {r.data.path: r.data for r in results}
-    versions = ", ".join(f"{name} {number}" for name, number in now["versions"].items())
-    lines = [
-        f"Made by `{shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])}` on {now['device']}, {versions}.",
-        f"{len(results)} classifiers of {len({r.run for r in results})} runs, trained on "
-        f"{', '.join(sorted({r.device for r in results}))}; classes: {', '.join(results[0].data.classes)}.",
-    ]
-    for path, d in data.items():
-        counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in d.splits.items())
-        missing = "" if "test" in d.splits else "; there is no test/, so every figure is of validation"
-        lines.append(f"Images in `{path}`: {counts}{missing}.")
-    for mark, means in MARKS.items():
-        if runs := sorted({r.run.name for r in results if mark in r.family}):
-            lines.append(f'"{mark}": {means}: {", ".join(runs)}.')
-    if repeats := len(results) - sum(map(len, configurations.values())):
-        lines.append(f"{repeats} repeat options and seed of another: listed in All runs, not counted in any mean.")
-    lines += [f"Left out: `{path}`: {why}." for path, why in skipped.items()]
-    return "".join(f"- {line}\n" for line in lines)
+# ---------------------------------------------------------------------------------------------------- main
 
 
-def class_tables(r: Result) -> str:
-    """Precision, recall and F1 of every class, and the confusion matrix (left out above 30 classes)."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    names = r.data.classes
-    _, predictions, labels = r.reported()
-    figures = precision_recall_fscore_support(labels, predictions, labels=range(len(names)), zero_division=0)
-    rows = [[name, f"{p:.4f}", f"{c:.4f}", f"{f:.4f}", n] for name, p, c, f, n in zip(names, *figures)]
-    text = common.markdown_table(["Class", "Precision", "Recall", "F1", "Support"], rows)
-    if len(names) <= 30:
-        rows = [[name, *counts] for name, counts in zip(names, r.confusion.tolist())]
-        text += "\n" + common.markdown_table(["true \\ predicted", *names], rows)
+def terminal_table(rows: list[list]) -> str:
+    """The first columns of the results, in at most 100 columns of a terminal."""
+    text = ""
+    for model, epochs, *others in rows:
+        width = 24 if model.isascii() else 12  # Chinese characters take two columns
+        text += f"{clip(model, width):{width}} {epochs:>6}" + "".join(f"{cell:>17}" for cell in others[:4]) + "\n"
     return text
 
 
-def comparisons_table(chosen: list[dict]) -> str:
-    """A row for each CNN, ViT probe and common seed that share data and number of epochs; empty if none do."""
-    header = ["A", "B", "Epochs", "Seed", "Images", "Only A", "Only B", "p", "B - A (points)", "95% interval"]
-    rows = []
-    for a, b in itertools.product(chosen, chosen):
-        x, y = first(a), first(b)
-        fair = (x.epochs, x.data.path) == (y.epochs, y.data.path)
-        if not (fair and x.family.startswith("CNN") and y.family.startswith("ViT")):
-            continue
-        for seed in sorted(a.keys() & b.keys()):
-            t = paired(*(predictions == labels for _, predictions, labels in (r[seed].reported() for r in (a, b))))
-            rows.append([
-                x.family, y.family, x.epochs, seed, COLUMNS["Images"](a), t["only_a"], t["only_b"],
-                f"{t['p']:.2g}", f"{100 * t['difference']:+.2f}", f"{100 * t['low']:+.2f} to {100 * t['high']:+.2f}",
-            ])  # fmt: skip
-    return common.markdown_table(header, rows) if rows else ""
+def find_folders(names: list[str]) -> list[Path]:
+    if names:
+        return [Path(name) for name in dict.fromkeys(names)]
+    found = common.RUNS_DIR.iterdir() if common.RUNS_DIR.is_dir() else []
+    folders = [path for path in found if path.is_dir() and not path.name.startswith(".")]
+    if not folders:
+        raise UserError(f"{common.RUNS_DIR}/: no runs yet: train first (python train_cnn.py), or name run folders")
+    return sorted(folders, key=lambda path: natural(path.name))
 
 
-def report(results, configurations, chosen, skipped, pictures: list[str], accelerator) -> str:
-    """evaluation.md."""
-    parts = ["# Evaluation\n", about(results, configurations, skipped, accelerator)]
-    parts += ["## Results\n", METHODS, table(RESULTS, chosen)]
-    if len(results) > len(chosen):
-        mark = {"Chosen": lambda runs: "chosen" if runs in chosen else ""}
-        parts += ["## Learning rates and schedules\n", table(RATES, configurations.values(), **mark)]
-    parts.append("## Classes\n")
-    for r in map(first, chosen):
-        parts += [f"### {r.title}, {r.setting}, seed {r.seed}, {NAMES[r.split]}\n", class_tables(r)]
-    if compared := comparisons_table(chosen):
-        parts += ["## CNN against ViT probe\n", COMPARED, compared]
-    parts += ["## Pictures\n", *(f"![{Path(name).stem}]({name})\n" for name in pictures)]
-    parts += ["## All runs\n", table(RUNS, [{r.seed: r} for r in results])]
-    return "\n".join(parts)
+def clear_old(out: Path, names: list[str]) -> None:
+    """Remove what an earlier evaluation wrote and this one will not, and note what this one writes."""
+    notes = out / ".evaluate.json"
+    for name in common.read_json(notes)["files"] if notes.exists() else []:
+        if name not in names and Path(name).name == name:
+            (out / name).unlink(missing_ok=True)
+    common.atomic_write(notes, json.dumps({"files": names}))
 
 
 def main() -> int:
-    parser = common.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; default: all under runs/")
-    parser.add_argument("--out", default="results", help="folder for evaluation.md and the pictures (results)")
-    parser.add_argument("--weights", help="file of the ViT's weights, as for train_vit_probe.py")
+    parser = common.Parser(description=__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; without any all under runs/")
+    parser.add_argument("--out", type=Path, default=common.REPORT_DIR, help="folder to write to")
     args = parser.parse_args()
-    folders = [Path(name) for name in dict.fromkeys(args.runs)]
-    if not folders and common.RUNS_DIR.is_dir():
-        folders = sorted(p for p in common.RUNS_DIR.iterdir() if p.is_dir() and not p.name.startswith("."))
-    check(bool(folders), f"no run folders under {common.RUNS_DIR}/: train first, or name some")
-    out = Path(args.out)
-    check(out.is_dir() or not out.exists(), f"{out}: is a file: give another --out")
-    accelerator = common.make_accelerator("no")  # each run has its own precision
-    check(accelerator.num_processes == 1, "evaluation is not shared out: start one process")
-    results, skipped = evaluate_all(accelerator, folders, args.weights, {})
-    if not results:
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out}: is a file: give --out a folder")
+    classifiers, left_out = read_runs(find_folders(args.runs))
+    for path, why in left_out.items():
+        print(f"evaluate.py: left out {path}: {why}", file=sys.stderr)
+    if not classifiers:
         return 2
-    configurations = group(results)
-    chosen = choose(configurations)
-    out.mkdir(parents=True, exist_ok=True)
-    pictures = draw(out, results, configurations, chosen)
-    common.atomic_write(out / "evaluation.md", report(results, configurations, chosen, skipped, pictures, accelerator))
-    print(table(RESULTS, chosen) + f"\nwritten: {out / 'evaluation.md'}, {', '.join(pictures)}")
-    return 1 if skipped else 0
+
+    study = Study(classifiers, left_out)
+    pictures = plan_pictures(study)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = write_report(study, pictures, args.out)
+    clear_old(args.out, ["report.md", "runs.csv", *pictures])
+    # The text first: what goes wrong in a picture must not cost it.
+    common.atomic_write(args.out / "runs.csv", csv_text(study))
+    common.atomic_write(args.out / "report.md", report)
+    with common.drawing(*study.classes, *study.models):
+        for name, (_, draw) in tqdm(pictures.items(), "drawing", leave=False, delay=1, disable=None):
+            common.atomic_write(args.out / name, common.png(draw()))
+    print(terminal_table([RESULTS, *results_rows(study)]), *study.notes[len(left_out) :], sep="\n")
+    print(f"written: {args.out / 'report.md'}, with runs.csv and {len(pictures)} pictures beside it")
+    return 1 if left_out else 0
 
 
 if __name__ == "__main__":

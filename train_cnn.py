@@ -1,15 +1,24 @@
 """Train a CNN with three convolutional layers.
 
     python train_cnn.py --epochs 10
-    accelerate launch --mixed_precision bf16 train_cnn.py     (GPUs; see README)
+    python train_cnn.py --epochs 10 --lr 1e-3 5e-3 --seed 0 1 2     (a sweep: six runs, one after another)
+    python train_cnn.py --name my-cnn                               (after a change of the network below)
+    accelerate launch train_cnn.py --epochs 10                      (GPUs; see README)
 
-Reads data/{train,val}/<class>/* (made from archive.zip when missing) and writes runs/<name>/: config.json,
-metrics.jsonl, model.safetensors, checkpoint/ and TensorBoard's events (`tensorboard --logdir runs`).
-Several values of --lr, --schedule or --seed train one run each, one after another.
+Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and writes
+runs/<name>/: config.json, metrics.jsonl, model.safetensors (the best weights by validation), predictions.safetensors,
+checkpoint.pt (for --resume) and TensorBoard's events (`tensorboard --logdir runs`).
 """
 
+import argparse
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import common
 
@@ -17,117 +26,174 @@ import common
 class CNN(nn.Module):
     """Three blocks of convolution, max-pooling, batch normalisation and ReLU, then one linear layer.
 
-    Input float32 [B, channels, S, S], output logits [B, classes]. Pooling before the normalisation saves
-    three quarters of its work. In eval mode the logits are the mean over the image and its mirror image.
+    Input float32 [B, channels, S, S], output logits [B, classes]. In eval mode the logits are the mean over the
+    image and, if `mirror`, its mirror image.
     """
 
-    def __init__(self, channels: int, classes: int, image_size: int, widths=(32, 64, 128)):
+    def __init__(self, channels: int, classes: int, image_size: int, widths=(32, 64, 128), mirror=True):
         super().__init__()
         layers = []
         for before, width in zip((channels, *widths), widths):
             layers += [
-                nn.Conv2d(before, width, 3, padding=1, bias=False),
-                nn.MaxPool2d(2),
+                nn.Conv2d(before, width, kernel_size=3, padding=1, bias=False),
+                nn.MaxPool2d(2),  # before the normalisation, which it saves three quarters of its work
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * (image_size // 8) ** 2, classes))
+        # The classifier's size follows from the layers above, whatever they are.
+        with torch.no_grad():
+            example = self.features.eval()(torch.zeros(1, channels, image_size, image_size))
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(example.numel(), classes))
+        self.mirror = mirror
+        self.train()
 
     def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
         logits = self.classifier(self.features(x))
-        if not self.training:
+        if self.mirror and not self.training:
             logits = (logits + self.classifier(self.features(x.flip(3)))) / 2
         return logits
 
 
-def make_parser():
-    return common.training_parser(__doc__.splitlines()[0], lr=5e-3, batch_size=64, image_size=28)
-
-
-def default_precision(asked: str | None) -> str | None:
-    """bf16 on a processor that computes it; a GPU is not kept busy by this network in any precision."""
-    return asked if torch.accelerator.is_available() else common.default_precision(asked)
-
-
-def make_model(config: dict) -> nn.Module:
-    """The CNN that a run's config.json describes."""
-    return CNN(config["data"]["channels"], len(config["data"]["classes"]), config["options"]["image_size"])
-
-
-def make_input(config: dict, split: common.Split, device, crop_scale=1.0, seed=0) -> common.Images:
-    """Images of a split as the CNN that a run's config.json describes takes them."""
-    model = config["model"]
-    return common.Images(
-        split.images.to(device), config["options"]["image_size"], model["mean"], model["std"],
-        crop_scale=crop_scale, seed=seed,
-    )  # fmt: skip
-
-
-def make_task(args, config: dict, data: common.Data, accelerator) -> common.Task:
-    """Model, optimiser and data for one run; `args` holds one learning rate, schedule and seed."""
-    device, seed = accelerator.device, args.seed[0]
-    if args.batch_size == accelerator.num_processes and args.image_size < 16:
-        raise common.UserError(f"--batch-size {args.batch_size}: batch normalisation needs more at this --image-size")
-    torch.manual_seed(common.key_seed(seed, "init"))
-    model = make_model(config).to(device, memory_format=torch.channels_last)
+def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW; batch normalisation and biases are not decayed. The learning rate is set at every step."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": weights, "weight_decay": args.weight_decay, "head": 0},
-            {"params": others, "weight_decay": 0.0, "head": 0},
-        ],
-        lr=args.lr[0],
-        fused=True,
+    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+
+
+def build(args, data: common.Data, accelerator) -> SimpleNamespace:
+    """Model, optimiser, loss, batches and the rest that a run trains with, and its `config` for config.json.
+
+    `args`: the options, with one learning rate, schedule and seed.
+    """
+    device, train = accelerator.device, data.splits["train"]
+    mean, std = common.mean_and_std(train.images)
+    look = {"size": args.image_size, "mean": mean, "std": std}
+    augmentation = {"crop_scale": args.crop_scale, "flip": not args.no_flip, "seed": args.seed}
+    images = {name: common.Images(split.images.to(device), **look) for name, split in data.splits.items()}
+    images["train"] = common.Images(train.images.to(device), **look, **augmentation)
+
+    torch.manual_seed(common.key_seed(args.seed, "init"))
+    model = CNN(data.channels, len(data.classes), args.image_size, mirror=not args.no_flip)
+    model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
+    optimizer = make_optimizer(model, args)
+    name = args.name or "CNN"
+    head = {"name": "cnn", "model": name, "lr": args.lr, "schedule": args.schedule, "features": None}
+    example = images["train"].plain(torch.zeros(1, dtype=torch.int64, device=device))
+    config = common.make_config(args, accelerator, data, model, optimizer, example, [head], name=name, **look)
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batches = common.Batches(
+        accelerator, images["train"].augmented, train.labels.to(device), args.batch_size, args.seed
     )
-    train, val = data.splits["train"], data.splits["val"]
-    train_images = make_input(config, train, device, args.crop_scale, seed)
-    val_images = make_input(config, val, device)
-
-    def inputs(index, epoch):
-        x = train_images.plain(index) if epoch is None else train_images.augmented(index, epoch)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    return common.Task(
-        model, optimizer, [common.Head("cnn", args.lr[0], args.schedule[0])], inputs, train.labels.to(device),
-        lambda index: val_images.plain(index).contiguous(memory_format=torch.channels_last), val.labels.to(device),
-        data.classes, args.epochs, args.batch_size, seed,
-    )  # fmt: skip
+    schedule, total = common.SCHEDULES[args.schedule], args.epochs * len(batches)
+    return SimpleNamespace(
+        model=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
+        learning_rate=lambda step: args.lr * schedule(step, total),
+        batches=batches,
+        images=images,
+        config=config,
+    )
 
 
-def make_config(args, data: common.Data, accelerator) -> dict:
-    """What config.json says of one run."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    channels = data.splits["train"].images.transpose(0, 1).flatten(1)
-    shares = torch.stack([channel.bincount(minlength=256) for channel in channels]).double() / channels.shape[1]
-    mean = shares @ values
-    std = (shares @ values**2 - mean**2).clamp(min=1e-6).sqrt()
-    return {
-        "model": {
-            "name": "cnn",
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-        },
-        "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
-        "data": data.describe(),
-        "environment": common.environment(accelerator),
-    }
+def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.Steps:
+    """One pass over the training images, with what `build` has built; epochs count from 0."""
+    model, optimizer, batches = training.model, training.optimizer, training.batches
+    model.train()
+    steps = common.Steps()
+    # The order of the images, their crops and flips are functions of the seed and the epoch.
+    for i, (images, labels) in enumerate(batches.epoch(epoch)):
+        rate = training.learning_rate(epoch * len(batches) + i)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        logits = model(images)
+        loss = training.criterion(logits, labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+
+        # For the log: the plain loss, without label smoothing, as of validation.
+        logits = logits.detach().float()
+        steps.add(rate, F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
+    return steps
+
+
+def train(args, name: str, data: common.Data, accelerator) -> None:
+    """Train one run into the folder runs/`name`."""
+    training = build(args, data, accelerator)
+
+    def predict(split: str) -> torch.Tensor:
+        """Log-probabilities float32 [N, classes] of the images of a split."""
+        images, n = training.images[split].plain, len(data.splits[split].labels)
+        return common.predict(accelerator, training.model, images, n, args.batch_size).float().log_softmax(1)
+
+    with common.Run(accelerator, name, training.config, data, args.resume) as run:
+        run.restore(model=training.model, optimizer=training.optimizer)
+        run.show_images(training.images["train"])
+        for epoch in run.epochs(args.epochs):
+            steps = train_epoch(accelerator, training, epoch)
+            run.end_epoch(steps, predict("val"))
+        run.finish(predict)
+
+
+def sanity_check(args, data: common.Data, accelerator) -> int:
+    """Learn four batches by heart, without augmentation; the exit code: 0 if that works, else 1."""
+    few, _ = data.splits["train"].few(4 * args.batch_size, args.seed)
+    plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True, "label_smoothing": 0.0}
+    args = argparse.Namespace(**vars(args) | plain)
+    training = build(args, dataclasses.replace(data, splits={"train": few}), accelerator)
+    for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
+        train_epoch(accelerator, training, epoch)
+    logits = common.predict(
+        accelerator, training.model, training.images["train"].plain, len(few.labels), args.batch_size
+    )
+    return common.report_sanity_check(accelerator, logits.float().log_softmax(1), few.labels)
+
+
+def load_classifier(run: str | Path):
+    """The trained CNN of a run folder, to use it: `classify = load_classifier("runs/my-cnn")`.
+
+    `classify(["shirt.png", ...])` gives for each image file a dict from class name to probability, the most
+    probable first. Raises UserError for a folder of another model and for files that are no images.
+    """
+    config = common.read_json(Path(run) / "config.json")
+    look, options, classes = config["model"], config["options"], config["data"]["classes"]
+    model = CNN(config["data"]["channels"], len(classes), options["image_size"], mirror=not options["no_flip"])
+    common.load_weights(model, run, config)
+
+    @torch.no_grad()
+    def classify(files: list[str | Path]) -> list[dict[str, float]]:
+        pixels = common.read_files(files, config)
+        images = common.Images(pixels, options["image_size"], look["mean"], look["std"])
+        return common.name_classes(model(images.plain(torch.arange(len(files)))), classes)
+
+    return classify
+
+
+def make_parser() -> common.Parser:
+    return common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=28, weight_decay=0.05)
 
 
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
-    accelerator = common.make_accelerator(default_precision(args.mixed_precision), args.deterministic)
+    runs = list(common.each_run(args, "lr", "schedule", "seed"))
+    names = [common.run_name(one, args, parser, "cnn") for one in runs]
+    accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
+    common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))  # before any work
+    common.prepare_default_data(accelerator, args.data_dir)
     data = common.load_data(args.data_dir, args.image_size)
-    for one in common.each_run(args, ("lr", "schedule", "seed")):
-        config = make_config(one, data, accelerator)
-        task = make_task(one, config, data, accelerator)
-        if args.sanity_check:
-            return common.sanity_check(accelerator, task)
-        task.prepare(accelerator)
-        path = common.open_run(accelerator, common.run_name(one, args, parser, "cnn"), config, args.resume)
-        common.fit(accelerator, task, path, args.checkpoint_steps)
+    accelerator.print(common.summary(data))
+    if args.sanity_check:
+        return sanity_check(runs[0], data, accelerator)
+    for one, name in zip(runs, names):
+        train(one, name, data, accelerator)
         accelerator.free_memory()
     accelerator.end_training()
     return 0

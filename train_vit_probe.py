@@ -1,16 +1,18 @@
 """Train a linear probe: one linear layer on the features of a frozen, pretrained ViT-Tiny.
 
     python train_vit_probe.py --epochs 10
-    python train_vit_probe.py --lr 1e-4 1e-3 1e-2 --features last block3      (all heads on one pass)
+    python train_vit_probe.py --features class                             (the plain linear probe)
+    python train_vit_probe.py --lr 1e-3 3e-3 1e-2 --features class last    (six probes on one pass of the backbone)
+    accelerate launch train_vit_probe.py --epochs 10                       (GPUs; see README)
 
-Reads data/{train,val}/<class>/* (made from archive.zip when missing) and the weights: --weights FILE, else the
-file that the environment variable VIT_TINY_WEIGHTS names, else timm's on the Hugging Face hub. Without any of
-them it reads the features of the default images from vit_features.safetensors. Writes features/ (a cache) and
-runs/<name>/: config.json, metrics.jsonl, model.safetensors (the heads only), checkpoint/, TensorBoard's events.
-
-vit_features.safetensors is made by: python train_vit_probe.py --export-features vit_features.safetensors
+Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and the weights:
+--weights FILE, else the file that the environment variable VIT_TINY_WEIGHTS names, else timm's on the Hugging Face
+hub. Without any of them it reads the features of the default images from vit_features.safetensors. Writes features/
+(a cache) and runs/<name>/: config.json, metrics.jsonl, model.safetensors (the heads, best by validation),
+predictions.safetensors, checkpoint.pt (for --resume) and TensorBoard's events (`tensorboard --logdir runs`).
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -19,91 +21,259 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import common
 from common import UserError
 
-MODEL = "vit_tiny_patch16_224"
+BACKBONE = "vit_tiny_patch16_224"
+WIDTH, BLOCKS = 192, 12  # values of a token, transformer blocks
 MEAN = STD = 0.5  # of each channel: what the weights were trained with, as are 224 px and bicubic
-WIDTH = 192
-# A feature is a list of tokens of WIDTH values each: (block counted from 0, what is taken of it), after the
-# final layer norm. "class": the class token; of the patch tokens: "mean", "std", the means of the "top",
-# "middle" and "bottom" rows, and of the outer columns, "sides". "class" is the plain linear probe, "last" the
-# last layer as DINOv2's linear evaluation takes it.
+# What --features takes, and the parts it is made of: the class token after the last block, the mean of that block's
+# patch tokens (both together as in DINOv2's linear evaluation), or their means over a 3x3 grid after block N.
 FEATURES = {
-    "class": [(11, "class")],
-    "last": [(11, "class"), (11, "mean")],
-    "block3": [(11, "class"), *((3, kind) for kind in ("top", "middle", "bottom", "sides", "std"))],
+    "class": ["class"],
+    "last": ["class", "mean"],
+    **{f"grid{block}": ["class", f"grid{block}"] for block in range(BLOCKS)},
 }
-DEFAULT_FEATURES = "block3"
-TOKENS = sorted({token for tokens in FEATURES.values() for token in tokens})
-BUNDLED = common.HERE / "vit_features.safetensors"
+# The block with the best mean validation accuracy of five seeds; blocks 1 to 7 are alike within the noise.
+DEFAULT_FEATURES = "grid6"
+RECORDED = common.HERE / "vit_features.safetensors"
 CACHE = Path("features")
-PART = 512  # images a cache file
+
+
+def values(part: str) -> int:
+    """The number of values of a part of the features."""
+    return 9 * WIDTH if part.startswith("grid") else WIDTH
+
+
+def all_parts(choices: list[str]) -> list[str]:
+    """The parts that some of the `choices` of FEATURES are made of, each once."""
+    return list(dict.fromkeys(part for choice in choices for part in FEATURES[choice]))
+
+
+# ----------------------------------------------------------------------------------- the network and its training
 
 
 class Heads(nn.Module):
-    """Linear heads side by side on standardised features.
+    """Linear layers side by side, one for each of `choices`, on standardised features.
 
-    Input [B, len(tokens) * WIDTH], output float32 logits [H, B, classes]. `choices` names each head's entry
-    in FEATURES, `tokens` says what the input is made of. `mean` and `std` are those of the training images,
-    so each head is one affine map. Raises UserError for a choice that needs other tokens.
+    Input [B, sum of the parts' values] of `parts`, output float32 logits [B, heads, classes]. `mean` and `std` are
+    those of the training images, so each head is one affine map of the features.
     """
 
-    def __init__(self, choices: list[str], classes: int, tokens: list = TOKENS):
+    def __init__(self, choices: list[str], parts: list[str], classes: int):
         super().__init__()
-        for choice in choices:
-            if not set(FEATURES[choice]) <= set(tokens):
-                raise UserError(f"--features {choice}: not among the recorded features: give --weights FILE")
-        self.choices, self.tokens = choices, tokens
-        self.heads = nn.ModuleList(nn.Linear(WIDTH * len(FEATURES[choice]), classes) for choice in choices)
-        self.register_buffer("mean", torch.zeros(WIDTH * len(tokens)))
-        self.register_buffer("std", torch.ones(WIDTH * len(tokens)))
+        self.choices, self.parts = choices, parts
+        self.heads = nn.ModuleList(nn.Linear(sum(map(values, FEATURES[choice])), classes) for choice in choices)
+        for head in self.heads:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.register_buffer("mean", torch.zeros(sum(map(values, parts))))
+        self.register_buffer("std", torch.ones(sum(map(values, parts))))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            parts = dict(zip(self.tokens, ((x.float() - self.mean) / self.std).split(WIDTH, dim=1)))
-            inputs = {c: torch.cat([parts[token] for token in FEATURES[c]], 1) for c in set(self.choices)}
-            # A step moves the logits by about lr * length: so scaled, one rate suits short and long features.
-            inputs = {c: value / len(FEATURES[c]) ** 0.5 for c, value in inputs.items()}
-            return torch.stack([head(inputs[c]) for c, head in zip(self.choices, self.heads)])
+        with torch.autocast(x.device.type, enabled=False):  # the heads cost nothing: they stay in float32
+            x = (x.float() - self.mean) / self.std
+            parts = dict(zip(self.parts, x.split([values(part) for part in self.parts], dim=1)))
+            inputs = {}
+            for choice in set(self.choices):
+                joined = torch.cat([parts[part] for part in FEATURES[choice]], 1)
+                # A step moves the logits by about rate * length: so scaled, one rate suits short and long features.
+                inputs[choice] = joined / (joined.shape[1] / WIDTH) ** 0.5
+            logits = [head(inputs[choice]) for choice, head in zip(self.choices, self.heads)]
+            return torch.stack(logits, 1)
 
 
-@dataclasses.dataclass
-class Backbone:
-    """The frozen ViT, or its recorded features. `identity` is what a run records and the cache is keyed by."""
+class HeadsLoss(nn.Module):
+    """Sum over the heads of the mean cross-entropy: they share no parameter, so each is trained by its own loss."""
 
-    identity: dict
-    module: nn.Module | None
-    image_size: int
-    precision: str
-    device: torch.device
-    tokens: list = dataclasses.field(default_factory=lambda: TOKENS)
+    def __init__(self, label_smoothing: float = 0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
 
-    def __post_init__(self):
-        if self.module and self.device.type == "cpu" and self.precision == "bf16":
-            for block in self.module.blocks:
-                block.attn.fused_attn = False  # two plain products are faster: see results/speed.md
+    def each(self, logits, labels):
+        """The mean loss of each head [heads], of logits [B, heads, classes] and labels [B]."""
+        heads = logits.shape[1]
+        # With the classes last it is rounded alike for one head and for many.
+        flat, labels = logits.flatten(0, 1), labels.repeat_interleave(heads)
+        loss = F.cross_entropy(flat, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return loss.view(-1, heads).mean(0)
+
+    def forward(self, logits, labels):
+        return self.each(logits, labels).sum()
 
 
-def find_weights(weights: str | None) -> Path:
-    """The pretrained weights' file: `weights`, VIT_TINY_WEIGHTS, or from the hub. Raises UserError if none."""
-    weights = weights or os.environ.get("VIT_TINY_WEIGHTS")
-    if weights:
-        if not Path(weights).is_file():
-            raise UserError(f"{weights}: no such file: give --weights the file of {MODEL}'s weights")
-        return Path(weights)
+def list_heads(args, kind: str) -> list[dict]:
+    """A classifier for each of the features, schedules and rates, as config.json lists them."""
+    heads = []
+    for features, schedule, lr in common.combinations(args.features, args.schedule, args.lr):
+        model = args.name or "ViT-Tiny"
+        if not args.name or len(set(args.features)) > 1:
+            model += f" {features}"
+        if kind != "pretrained" and not args.name:
+            model += f" ({kind})"
+        name = f"{features}-lr{common.short(lr)}-{schedule}"
+        heads.append({"name": name, "model": model, "features": features, "lr": lr, "schedule": schedule})
+    return heads
+
+
+def build(args, data: common.Data, features: dict, identity: dict, accelerator) -> SimpleNamespace:
+    """Heads, optimiser, loss, batches and the rest that a run trains with, and its `config` for config.json.
+
+    `features` of the splits: "train" a list of views, "val" and "test" tensors [N, values of all parts]; `identity`
+    says of which backbone. `args`: the options, with one seed.
+    """
+    device, labels = accelerator.device, data.splits["train"].labels
+    heads = list_heads(args, identity["weights"])
+    views = [view.to(device) for view in features["train"]]
+    torch.manual_seed(common.key_seed(args.seed, "init"))
+    model = Heads([head["features"] for head in heads], all_parts(args.features), len(data.classes))
+    model.std, model.mean = torch.std_mean(features["train"][0].float(), 0)
+    model.std.clamp_(min=1e-6)
+    model.to(device)
+    groups = [{"params": layer.parameters(), "lr": head["lr"]} for layer, head in zip(model.heads, heads)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    for head, layer in zip(heads, model.heads):
+        head["architecture"] = repr(layer)
+        head["trainable"] = sum(p.numel() for p in layer.parameters())
+        head["parameters"] = head["trainable"] + identity["parameters"]
+    more = {"name": args.name or "ViT-Tiny", "backbone": identity, "mean": [MEAN], "std": [STD]}
+    more |= {"parameters": heads[0]["parameters"], "trainable": heads[0]["trainable"]}
+    config = common.make_config(args, accelerator, data, model, optimizer, views[0][:1], heads, **more)
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def inputs(index, epoch):
+        return views[epoch % len(views)][index]
+
+    batches = common.Batches(accelerator, inputs, labels.to(device), args.batch_size, args.seed)
+    total = args.epochs * len(batches)
+    return SimpleNamespace(
+        model=model,
+        optimizer=optimizer,
+        criterion=HeadsLoss(args.label_smoothing),
+        learning_rates=lambda step: [h["lr"] * common.SCHEDULES[h["schedule"]](step, total) for h in heads],
+        batches=batches,
+        features={name: features[name].to(device) for name in features if name != "train"} | {"train": views[0]},
+        config=config,
+    )
+
+
+def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.Steps:
+    """One pass over the training images' features, with what `build` has built; epochs count from 0."""
+    model, optimizer, batches = training.model, training.optimizer, training.batches
+    plain_loss = HeadsLoss()
+    model.train()
+    steps = common.Steps()
+    for i, (features, labels) in enumerate(batches.epoch(epoch)):
+        rates = training.learning_rates(epoch * len(batches) + i)
+        for group, rate in zip(optimizer.param_groups, rates):  # a group is a head
+            group["lr"] = rate
+
+        logits = model(features)
+        loss = training.criterion(logits, labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+
+        # For the log: the plain loss, without label smoothing, as of validation.
+        logits = logits.detach()
+        right = (logits.argmax(2) == labels[:, None]).float().mean(0)
+        steps.add(rates, plain_loss.each(logits, labels), right)
+    return steps
+
+
+def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int) -> torch.Tensor:
+    """Log-probabilities float32 [N, heads, classes] of the images of a split."""
+    features = training.features[split]
+    logits = common.predict(accelerator, training.model, lambda index: features[index], len(features), batch_size)
+    return logits.log_softmax(2)
+
+
+def train(args, name: str, data: common.Data, backbone, identity: dict, accelerator) -> None:
+    """Extract the features, or read them from the cache, and train one run into the folder runs/`name`."""
+    features, seconds = extract_all(args, data, backbone, identity, accelerator)
+    training = build(args, data, features, identity, accelerator)
+    training.config["feature_seconds"] = round(seconds, 3)
+    prefixes = [f"heads.{h}." for h in range(len(training.config["heads"]))]
+    with common.Run(accelerator, name, training.config, data, args.resume, prefixes) as run:
+        run.restore(model=training.model, optimizer=training.optimizer)
+        for epoch in run.epochs(args.epochs):
+            steps = train_epoch(accelerator, training, epoch)
+            run.end_epoch(steps, predict(accelerator, training, "val", args.batch_size))
+        run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
+
+
+def sanity_check(args, data: common.Data, backbone, identity: dict, accelerator) -> int:
+    """Learn four batches by heart; the exit code: 0 if that works, else 1."""
+    args = argparse.Namespace(**vars(args) | {"epochs": 60, "label_smoothing": 0.0, "views": 0})
+    data = dataclasses.replace(data, splits={"train": data.splits["train"]})
+    features, _ = extract_all(args, data, backbone, identity, accelerator)
+    data.splits["train"], pick = data.splits["train"].few(4 * args.batch_size, args.seed)
+    features["train"] = [features["train"][0][pick]]
+    training = build(args, data, features, identity, accelerator)
+    for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
+        train_epoch(accelerator, training, epoch)
+    log_probs = predict(accelerator, training, "train", args.batch_size)
+    return common.report_sanity_check(accelerator, log_probs, data.splits["train"].labels)
+
+
+# ------------------------------------------------------------------------------- the frozen backbone, its features
+
+
+class Backbone(nn.Module):
+    """The frozen ViT-Tiny: images [B, 1 or 3, S, S] -> features float16 [B, values of all `parts`]."""
+
+    def __init__(self, vit: nn.Module, precision: str, parts: list[str]):
+        super().__init__()
+        self.vit, self.precision, self.parts = vit, precision, parts
+
+    @torch.no_grad()
+    def forward(self, x):
+        blocks = sorted({BLOCKS - 1, *(int(part[4:]) for part in self.parts if part.startswith("grid"))})
+        with common.autocast(x.device, self.precision):
+            outputs = self.vit.forward_intermediates(
+                x.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
+                indices=blocks,
+                norm=True,
+                output_fmt="NLC",
+                return_prefix_tokens=True,
+                intermediates_only=True,
+            )
+        of_block = dict(zip(blocks, outputs))
+        features = []
+        for part in self.parts:
+            patches, class_token = of_block[int(part[4:]) if part.startswith("grid") else BLOCKS - 1]
+            if part == "class":
+                features.append(class_token[:, 0])
+            elif part == "mean":
+                features.append(patches.float().mean(1))
+            else:
+                side = math.isqrt(patches.shape[1])
+                picture = patches.float().transpose(1, 2).unflatten(2, (side, side))
+                features.append(F.adaptive_avg_pool2d(picture, 3).flatten(1))
+        return torch.cat([feature.half() for feature in features], 1)
+
+
+def find_weights(named: str | None) -> Path:
+    """The pretrained weights' file: `named`, else from the hub or its cache. Raises UserError if there is none."""
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
+        return Path(named)
     import urllib.error
     import urllib.request
 
     import timm
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    where = timm.get_pretrained_cfg(MODEL).hf_hub_id, "model.safetensors"
+    where = timm.get_pretrained_cfg(BACKBONE).hf_hub_id, "model.safetensors"
     cached = try_to_load_from_cache(*where)
     if isinstance(cached, str):
         return Path(cached)
@@ -117,7 +287,31 @@ def find_weights(weights: str | None) -> Path:
         raise UserError(f"could not fetch {'/'.join(where)} from the hub ({why}): give --weights FILE") from None
 
 
-def make_module(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
+def choose_backbone(accelerator, args) -> tuple[str, Path | None]:
+    """The kind of backbone ("pretrained", "random" or "recorded features") and the file of it.
+
+    Raises UserError where neither the weights nor recorded features that could stand in are to be had.
+    """
+    if args.no_pretrained:
+        return "random", None
+    named = args.weights or os.environ.get("VIT_TINY_WEIGHTS")
+    with accelerator.local_main_process_first():
+        try:
+            return "pretrained", find_weights(named)
+        except UserError as error:  # leaving the block by it would leave the other processes waiting
+            missing = error
+    needed = set(all_parts(args.features)) - set(all_parts([DEFAULT_FEATURES]))
+    if named or not RECORDED.exists():
+        raise missing
+    if needed or args.image_size != 224 or args.views:
+        raise UserError(
+            f"{missing} ({RECORDED.name} has only {DEFAULT_FEATURES} and class of the plain images, 224 px)"
+        )
+    accelerator.print(f"{missing}\nusing the recorded features of the default images, {RECORDED.name}")
+    return "recorded features", RECORDED
+
+
+def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
     """ViT-Tiny without its head, frozen and in eval mode, from a weights file or (None) random.
 
     Position embeddings are interpolated by timm where image_size is not 224. Pickled files are loaded with
@@ -126,295 +320,211 @@ def make_module(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    if image_size % 16 or image_size < 32:
-        raise UserError(f"--image-size {image_size}: the ViT's patches need a multiple of 16, at least 32")
     torch.manual_seed(common.key_seed(seed, "backbone"))
-    module = timm.create_model(MODEL, num_classes=0, img_size=image_size)
+    vit = timm.create_model(BACKBONE, num_classes=0, img_size=image_size)
     if file:
         try:
             state = timm.models.load_state_dict(str(file))
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
-            module.load_state_dict(checkpoint_filter_fn(state, module))
+            vit.load_state_dict(checkpoint_filter_fn(state, vit))
             if not all(value.isfinite().all() for value in state.values()):
                 raise ValueError("values that are not finite")
         except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
+            if common.of_machine(error):
+                raise
             why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{file}: not weights of {MODEL} ({why}): give --weights the right file") from None
-    return module.eval().requires_grad_(False)
+            raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
+    return vit.eval().requires_grad_(False)
 
 
-def open_backbone(accelerator, weights, pretrained: bool, image_size: int, precision: str, seed=0, bundled=None):
-    """The backbone: from weights, random (`pretrained` False), or as recorded features of the default images.
-
-    `bundled`: True to use the recorded features, False never to, None when weights are not to be had.
-    """
-    device = accelerator.device
-    if not pretrained:
-        identity = {"backbone": MODEL, "weights": "random backbone", "sha256": f"seed {seed}"}
-        return Backbone(identity, make_module(None, image_size, seed).to(device), image_size, precision, device)
-    if not bundled:
-        with accelerator.local_main_process_first():
-            try:
-                file, missing = find_weights(weights), None
-            except UserError as error:  # leaving the block by it would leave the other processes waiting
-                file, missing = None, error
-        if missing:
-            named = weights or os.environ.get("VIT_TINY_WEIGHTS")
-            if bundled is False or named or not BUNDLED.exists():
-                raise missing
-            if image_size != 224:
-                raise UserError(f"{missing}: the features in {BUNDLED.name} are of 224 px only")
-            accelerator.print(f"{missing}\nusing the recorded features of the default images, {BUNDLED.name}")
-        else:
-            identity = {"backbone": MODEL, "weights": "pretrained", "sha256": common.file_sha256(file)}
-            return Backbone(identity, make_module(file, image_size).to(device), image_size, precision, device)
-    meta = common.load_tensors(BUNDLED)[1]
+def open_backbone(kind: str, file: Path | None, parts: list[str], image_size: int, accelerator):
+    """The Backbone on the device (None for recorded features) and its identity, which a run records."""
+    if kind == "recorded features":
+        return None, common.load_tensors(file)[1]["backbone"] | {"weights": kind}
+    vit = load_vit(file, image_size)
+    precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu" and precision == "bf16":
+        for block in vit.blocks:
+            block.attn.fused_attn = False  # two plain products are faster in bf16 on a CPU: results/speed.md
     identity = {
-        "backbone": MODEL,
-        "weights": f"pretrained, features from {BUNDLED.name}",
-        "sha256": meta["sha256"],
+        "name": BACKBONE,
+        "weights": kind,
+        "sha256": common.file_sha256(file) if file else "seed 0",
+        "parameters": sum(p.numel() for p in vit.parameters()),
     }
-    return Backbone(identity, None, image_size, precision, device, [tuple(token) for token in meta["tokens"]])
+    accelerator.print(f"backbone {BACKBONE}, {kind} ({identity['sha256'][:12]})")
+    return Backbone(vit, precision, parts).to(accelerator.device), identity
 
 
-def pool(kind: str, patches: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """What `kind` of FEATURES names, float32 [B, WIDTH], of patch tokens [B, N, WIDTH] and class token [B, 1, WIDTH].
-
-    Rows and columns are cut in three as adaptive average pooling cuts them: overlapping where 3 does not divide.
-    """
-    if kind == "class":
-        return prefix[:, 0].float()
-    patches = patches.float()
-    if kind in ("mean", "std"):
-        mean = patches.mean(1)
-        # torch's std(1) takes ten times as long.
-        return mean if kind == "mean" else ((patches - mean[:, None]).square().sum(1) / (patches.shape[1] - 1)).sqrt()
-    side = math.isqrt(patches.shape[1])
-    first, second, third = (slice(i * side // 3, -(-(i + 1) * side // 3)) for i in range(3))
-    grid = patches.unflatten(1, (side, side))
-    if kind == "sides":
-        columns = grid.mean(1)
-        return (columns[:, first].mean(1) + columns[:, third].mean(1)) / 2
-    return grid[:, {"top": first, "middle": second, "bottom": third}[kind]].mean((1, 2))
-
-
-@torch.no_grad()
-def forward_tokens(backbone: Backbone, x: torch.Tensor) -> torch.Tensor:
-    """Features float32 [B, len(TOKENS) * WIDTH] of inputs [B, 1 or 3, S, S]: one forward pass of the backbone."""
-    blocks = sorted({block for block, _ in TOKENS})
-    with common.autocast(x.device, backbone.precision):
-        out = backbone.module.forward_intermediates(
-            x.expand(-1, 3, -1, -1), indices=blocks, norm=True, output_fmt="NLC", return_prefix_tokens=True,
-            intermediates_only=True,
-        )  # fmt: skip
-    of_block = dict(zip(blocks, out))
-    return torch.cat([pool(kind, *of_block[block]) for block, kind in TOKENS], 1)
-
-
-def make_input(split: common.Split, image_size: int, device, crop_scale=1.0, seed=0) -> common.Images:
-    """Images of a split as the ViT takes them, but for the channels: `forward_tokens` makes three of one."""
+def make_images(split: common.Split, args, device) -> common.Images:
+    """Images of a split as the ViT takes them, but for the channels."""
     mean, std = [MEAN] * split.images.shape[1], [STD] * split.images.shape[1]
-    return common.Images(split.images.to(device), image_size, mean, std, True, crop_scale, seed)
+    augmentation = {"crop_scale": args.crop_scale, "flip": not args.no_flip, "seed": args.seed}
+    return common.Images(split.images.to(device), args.image_size, mean, std, bicubic=True, **augmentation)
 
 
-def extraction_batch(device: torch.device) -> int:
-    """Images a forward pass without training: on a CPU what fits its cache is fastest."""
-    return 256 if device.type == "cuda" else 16
+def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) -> tuple[dict, float]:
+    """Features of all splits, as `build` takes them, and the seconds that their forward passes took."""
+    if backbone is None:
+        return recorded_features(data, all_parts(args.features)), 0.0
+    features, seconds = {}, 0.0
+    for name, split in data.splits.items():
+        views = range(args.views) if args.views and name == "train" else [None]
+        found = [extract(args, name, split, view, backbone, identity, accelerator) for view in views]
+        features[name] = [x for x, _ in found] if name == "train" else found[0][0]
+        # What the homework's clock shows: a model that is only trained needs no features of test images.
+        seconds += sum(s for _, s in found) if name != "test" else 0.0
+    accelerator.print(f"features: {seconds:.1f} s of forward passes, done once and kept in {CACHE}/")
+    return features, seconds
 
 
-def extract(accelerator, backbone: Backbone, split: common.Split, view=None, crop_scale=1.0, seed=0):
-    """Features float16 [N, len(backbone.tokens) * WIDTH] (CPU) of a split and the seconds that computing them took.
+def extract(args, name: str, split: common.Split, view, backbone, identity, accelerator) -> tuple[torch.Tensor, float]:
+    """Features float16 [N, values of all parts] (CPU) of a split, and the seconds that computing them took.
 
-    `view`: None for the plain images, else the number of an augmentation. Kept under features/ in parts, keyed
-    by all they depend on; missing parts are shared by the processes, so an interrupted extraction goes on.
-    Raises UserError when only recorded features are there and `split` is not one of the default ones.
+    `view`: None for the plain images, else the number of an augmentation. Kept under features/, a file for each
+    part, in a folder named by all that they depend on. What is missing comes from one pass of the backbone.
     """
-    sha = split.sha256()
-    if backbone.module is None:
-        return recorded_features(sha, view), 0.0
-    images = make_input(split, backbone.image_size, backbone.device, crop_scale, seed)
     import timm
 
-    key = {
-        **backbone.identity, "images": sha, "tokens": TOKENS, "view": view, "precision": backbone.precision,
-        "input": [backbone.image_size, MEAN, STD, "bicubic"], "device": backbone.device.type,
-        "versions": [torch.__version__, timm.__version__],
-    }  # fmt: skip
+    key = identity | {"images": split.sha256(), "size": args.image_size, "precision": backbone.precision, "view": view}
+    key |= {"device": accelerator.device.type, "versions": [torch.__version__, timm.__version__]}
     if view is not None:
-        key |= {"crop_scale": crop_scale, "crop_ratio": common.CROP_RATIO, "seed": seed}
+        key |= {"crop": [args.crop_scale, *common.CROP_RATIO], "flip": not args.no_flip, "seed": args.seed}
     folder = CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(folder / "key.json", json.dumps(key, indent=2) + "\n")
-    starts = range(0, len(split.labels), PART)
-    batch = extraction_batch(backbone.device)
 
-    def read(start):
-        try:
-            tensors, meta = common.load_tensors(folder / f"{start:08d}.safetensors")
-            features = tensors["features"]
-            whole = features.shape == (min(PART, len(split.labels) - start), WIDTH * len(TOKENS))
-            return (features, meta["seconds"]) if whole else None
-        except (UserError, KeyError):
-            return None
+    def read() -> dict:
+        found = {}
+        for part in backbone.parts:
+            with contextlib.suppress(UserError):  # not there, or damaged: made again
+                tensors, meta = common.load_tensors(folder / f"{part}.safetensors")
+                if tensors["features"].shape == (len(split.labels), values(part)):
+                    found[part] = tensors["features"], meta["seconds"]
+        return found
 
-    def compute(starts):
-        missing = [start for start in starts if read(start) is None]
-        name = split.paths[0].split("/")[0]
-        with tqdm(
-            total=sum(min(PART, len(split.labels) - start) for start in missing), unit=" images", leave=False,
-            desc=f"features of {name}" + ("" if view is None else f", view {view}"),
-            disable=None if accelerator.is_main_process and missing else True,
-        ) as progress:  # fmt: skip
-            for start in missing:
-                began, parts = time.perf_counter(), []
-                stop = min(start + PART, len(split.labels))
-                for index in torch.arange(start, stop, device=backbone.device).split(batch):
-                    x = images.plain(index) if view is None else images.augmented(index, view)
-                    parts.append(forward_tokens(backbone, x).half())
-                    progress.update(len(index))
-                features = torch.cat(parts).cpu()
-                seconds = (time.perf_counter() - began) / accelerator.num_processes
-                common.save_tensors(folder / f"{start:08d}.safetensors", {"features": features}, {"seconds": seconds})
+    found = common.on_main_process(accelerator, read)
+    missing = [part for part in backbone.parts if part not in found]
+    if missing:
+        images = make_images(split, args, accelerator.device)
+        inputs = images.plain if view is None else lambda index: images.augmented(index, view)
+        # On a CPU what fits its cache is fastest.
+        batch_size = (256 if accelerator.device.type == "cuda" else 16) * accelerator.num_processes
+        description = f"features of {name}" + ("" if view is None else f", view {view}")
+        began = time.perf_counter()
+        partial = Backbone(backbone.vit, backbone.precision, missing)
+        features = common.predict(accelerator, partial, inputs, len(split.labels), batch_size, description)
+        seconds = time.perf_counter() - began
+        new = dict(zip(missing, features.split([values(part) for part in missing], 1)))
 
-    compute(starts[accelerator.process_index :: accelerator.num_processes])
-    accelerator.wait_for_everyone()
-    compute(starts)  # what another machine has computed on a disk of its own
-    features, seconds = zip(*(read(start) for start in starts))
-    return torch.cat(features), sum(seconds)
+        def write():
+            folder.mkdir(parents=True, exist_ok=True)
+            for part, columns in new.items():
+                common.save_tensors(folder / f"{part}.safetensors", {"features": columns}, {"seconds": seconds})
+
+        common.on_main_process(accelerator, write)
+        found |= {part: (columns, seconds) for part, columns in new.items()}
+    return torch.cat([found[part][0] for part in backbone.parts], 1), max(s for _, s in found.values())
 
 
-def recorded_features(sha: str, view) -> torch.Tensor:
-    """Features of one of the default splits from vit_features.safetensors, like `extract`."""
-    tensors, meta = common.load_tensors(BUNDLED)
-    name = {meta["images"][name]: name for name in meta["images"]}.get(sha)
-    if name is None or view is not None:
-        raise UserError(
-            f"{BUNDLED.name} has the features of the plain default images only, and the weights could not be "
-            f"fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
-        )
-    return (tensors[name].float() * tensors["scale"] + tensors["offset"]).half()
+def recorded_features(data: common.Data, parts: list[str]) -> dict:
+    """Features of the default images from vit_features.safetensors, as `extract_all` gives them.
 
-
-def export_features(accelerator, backbone: Backbone, data: common.Data, file: Path) -> None:
-    """Write the default features of train, val and test, 8 bits a value, a scale and an offset a dimension."""
-    tokens = FEATURES[DEFAULT_FEATURES]
-    columns = torch.cat([torch.arange(WIDTH) + WIDTH * TOKENS.index(token) for token in tokens])
+    A byte holds two values of 4 bits, with a scale and an offset for each dimension. Raises UserError for others.
+    """
+    tensors, meta = common.load_tensors(RECORDED)
     features = {}
     for name, split in data.splits.items():
-        features[name] = extract(accelerator, backbone, split)[0][:, columns].float()
-    low, high = features["train"].aminmax(dim=0)
-    scale = (high - low).clamp(min=1e-6) / 255
-    offset = low + 128 * scale
-    tensors = {name: ((x - offset) / scale).round().clamp(-128, 127).to(torch.int8) for name, x in features.items()}
-    meta = {
-        **backbone.identity, "images": {name: split.sha256() for name, split in data.splits.items()},
-        "tokens": tokens, "image_size": backbone.image_size, "precision": backbone.precision,
-    }  # fmt: skip
-    common.save_tensors(file, tensors | {"scale": scale, "offset": offset}, meta)
-    accelerator.print(f"{file}: {sum(map(len, features.values()))} images, {file.stat().st_size / 1e6:.1f} MB")
+        if meta["images"].get(name) != split.sha256():
+            raise UserError(
+                f"{RECORDED.name} has the features of the default images only, and the weights could not be "
+                "fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
+            )
+        pairs = tensors[name]
+        whole = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1) * tensors["scale"] + tensors["offset"]
+        of_part = dict(zip(meta["parts"], whole.half().split([values(part) for part in meta["parts"]], 1)))
+        features[name] = torch.cat([of_part[part] for part in parts], 1)
+    return features | {"train": [features["train"]]}
 
 
-def make_task(args, config: dict, data: common.Data, features: dict, accelerator) -> common.Task:
-    """Heads, optimiser and features for one run; `args` holds one seed, and the values the heads differ in.
+# ------------------------------------------------------------------------------------------------ command line
 
-    `features`: "train", a list of views [N, D]; "val" [N, D]; "tokens", what D is made of.
+
+def load_classifier(run: str | Path, weights: str | None = None):
+    """The trained probe of a run folder, to use it: `classify = load_classifier("runs/my-probe")`.
+
+    `classify(["shirt.png", ...])` gives for each image file a dict from class name to probability, the most
+    probable first; of several heads the best by validation decides. `weights`: the backbone's file, as --weights.
+    Raises UserError for a folder of another model, other weights, and files that are no images.
     """
-    device, seed = accelerator.device, args.seed[0]
-    heads = config["model"]["heads"]
-    torch.manual_seed(common.key_seed(seed, "init"))
-    model = Heads([head["features"] for head in heads], len(data.classes), features["tokens"])
-    for layer in model.heads:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    views = [view.to(device) for view in features["train"]]
-    val = features["val"].to(device)
-    model.std, model.mean = torch.std_mean(features["train"][0].float(), 0)
-    model.std.clamp_(min=1e-6)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(layer.parameters()), "lr": head["lr"], "head": h}
-            for h, (layer, head) in enumerate(zip(model.heads, heads))
-        ],
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    return common.Task(
-        model.to(device), optimizer,
-        [common.Head(head["name"], head["lr"], head["schedule"], f"heads.{h}.") for h, head in enumerate(heads)],
-        lambda index, epoch: views[(epoch or 0) % len(views)][index], data.splits["train"].labels.to(device),
-        lambda index: val[index], data.splits["val"].labels.to(device),
-        data.classes, args.epochs, args.batch_size, seed,
-    )  # fmt: skip
+    from accelerate import PartialState
+
+    config = common.read_json(Path(run) / "config.json")
+    heads, classes, options = config["heads"], config["data"]["classes"], argparse.Namespace(**config["options"])
+    best = max(common.read_metrics(Path(run) / "metrics.jsonl"), key=common.merit)["head"]
+    chosen = [head["name"] for head in heads].index(best)
+    parts = all_parts(options.features)
+    model = common.load_weights(Heads([head["features"] for head in heads], parts, len(classes)), run, config)
+    random = config["model"]["backbone"]["weights"] == "random"
+    file = None if random else find_weights(weights or os.environ.get("VIT_TINY_WEIGHTS"))
+    if file and common.file_sha256(file) != config["model"]["backbone"]["sha256"]:
+        raise UserError(f"{file}: not the weights that {run} was trained with: give those")
+    device = PartialState().device
+    backbone = Backbone(load_vit(file, options.image_size), options.mixed_precision, parts).to(device).eval()
+    model.to(device)
+
+    @torch.no_grad()
+    def classify(files: list[str | Path]) -> list[dict[str, float]]:
+        pixels = common.read_files(files, config)
+        split = common.Split(pixels, torch.zeros(len(pixels)), [])
+        images = make_images(split, options, device)
+        logits = model(backbone(images.plain(torch.arange(len(pixels), device=device))))
+        return common.name_classes(logits[:, chosen], classes)
+
+    return classify
 
 
-def make_config(args, data: common.Data, backbone: Backbone, seconds: float, accelerator) -> dict:
-    """What config.json says of one run."""
-    heads = [
-        {"name": f"{features} lr {common.short(lr)} {schedule}", "features": features, "lr": lr, "schedule": schedule}
-        for features in dict.fromkeys(args.features)
-        for schedule in dict.fromkeys(args.schedule)
-        for lr in dict.fromkeys(args.lr)
-    ]
-    return {
-        "model": {
-            "name": "vit",
-            **backbone.identity,
-            "tokens": [list(token) for token in backbone.tokens],
-            "heads": heads,
-        },
-        "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
-        "data": data.describe(),
-        "environment": common.environment(accelerator) | {"feature_seconds": round(seconds, 3)},
-    }
-
-
-def make_parser():
-    parser = common.training_parser(__doc__.splitlines()[0], lr=5e-3, batch_size=32, image_size=224)
+def make_parser() -> common.Parser:
+    parser = common.training_parser(__doc__, lr=5e-3, batch_size=32, image_size=224, weight_decay=0.05)
     add = parser.add_argument
-    add("--features", choices=list(FEATURES), nargs="+", default=[DEFAULT_FEATURES], help="what the linear layer sees")
-    add("--views", type=common.number(int, 0, 1000), default=0,
-        help="augmented views of each training image, one an epoch in turn (as many as epochs: fresh ones "
-        "every epoch); 0: the plain image")  # fmt: skip
-    add("--weights", help=f"file of {MODEL}'s weights (safetensors or a timm checkpoint)")
-    add("--no-pretrained", action="store_true", help="a random backbone, as a control")
-    add("--export-features", metavar="FILE", help="only write the features of all three splits to FILE")
+    add(
+        "--features",
+        choices=list(FEATURES),
+        nargs="+",
+        default=[DEFAULT_FEATURES],
+        metavar="NAME",
+        help="what the linear layer sees: class (the last class token), last (with the mean of the last patch tokens), "
+        "grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid; grid6 was best on validation, "
+        "1 to 7 are alike within the noise)",
+    )
+    add(
+        "--views",
+        type=common.number(int, 0, 1000),
+        default=0,
+        help="augmented views of each training image, one an epoch in turn; 0: the plain image",
+    )
+    add("--weights", help=f"file of {BACKBONE}'s weights (safetensors, or a checkpoint of timm's)")
+    add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
     return parser
 
 
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
-    accelerator = common.make_accelerator(common.default_precision(args.mixed_precision), args.deterministic)
-    splits = ("train", "val", "test") if args.export_features else ("train", "val")
-    data = common.load_data(args.data_dir, args.image_size, splits)
-    backbone = open_backbone(
-        accelerator, args.weights, not args.no_pretrained, args.image_size, accelerator.mixed_precision,
-        bundled=False if args.export_features else None,
-    )  # fmt: skip
-    accelerator.print(f"backbone {MODEL}, {backbone.identity['weights']} ({backbone.identity['sha256'][:12]})")
-    if args.export_features:
-        export_features(accelerator, backbone, data, Path(args.export_features))
-        return 0
-    val, val_seconds = extract(accelerator, backbone, data.splits["val"])
-    for one in common.each_run(args, ("seed",)):
-        views = range(one.views) if one.views else [None]
-        train = [
-            extract(accelerator, backbone, data.splits["train"], view, one.crop_scale, one.seed[0]) for view in views
-        ]
-        seconds = val_seconds + sum(s for _, s in train)
-        if backbone.module:
-            accelerator.print(f"features: {seconds:.1f} s of forward passes, done once and kept in {CACHE}/")
-        config = make_config(one, data, backbone, seconds, accelerator)
-        task = make_task(
-            one, config, data, {"train": [x for x, _ in train], "val": val, "tokens": backbone.tokens}, accelerator
-        )
-        if args.sanity_check:
-            return common.sanity_check(accelerator, task)
-        prefix = "vit-random" if args.no_pretrained else "vit"
-        name = common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}")
-        task.prepare(accelerator)
-        path = common.open_run(accelerator, name, config, args.resume)
-        common.fit(accelerator, task, path, args.checkpoint_steps)
+    if args.image_size % 16 or args.image_size < 32:
+        raise UserError(f"--image-size {args.image_size}: the ViT's patches need a multiple of 16, at least 32")
+    accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
+    kind, file = choose_backbone(accelerator, args)
+    prefix = {"pretrained": "vit", "random": "vit-random", "recorded features": "vit-recorded"}[kind]
+    runs = list(common.each_run(args, "seed"))
+    names = [common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}") for one in runs]
+    common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))  # before any work
+    common.prepare_default_data(accelerator, args.data_dir)
+    data = common.load_data(args.data_dir, args.image_size)
+    accelerator.print(common.summary(data))
+    backbone, identity = open_backbone(kind, file, all_parts(args.features), args.image_size, accelerator)
+    if args.sanity_check:
+        return sanity_check(runs[0], data, backbone, identity, accelerator)
+    for one, name in zip(runs, names):
+        train(one, name, data, backbone, identity, accelerator)
         accelerator.free_memory()
     accelerator.end_training()
     return 0

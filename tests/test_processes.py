@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,31 +10,48 @@ import time
 
 import forked
 import pytest
+import torch
 from conftest import ROOT, assert_user_error, metrics
-from test_resume import folder_hash, result
+from test_resume import assert_events_equal_metrics, curves, folder_hash, interrupt_at, result
 
 import common
 
-CNN = ["train_cnn.py", "--batch-size", "16", "--epochs", "2", "--image-size", "16", "--name", "run"]
-CNN += ["--mixed-precision", "no"]
-PROBE = ["train_vit_probe.py", "--batch-size", "16", "--epochs", "2", "--image-size", "32", "--no-pretrained"]
-PROBE += ["--mixed-precision", "no", "--features", "last", "block3", "--name", "run"]
+SMALL = ["--batch-size", "16", "--epochs", "2", "--mixed-precision", "no", "--name", "run"]
+CNN = ["train_cnn.py", *SMALL, "--image-size", "16"]
+PROBE = ["train_vit_probe.py", *SMALL, "--image-size", "32", "--no-pretrained", "--features", "last", "grid3"]
 COMMANDS = {"cnn": CNN, "probe": PROBE}
 LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+    "accelerate": (PROBE, ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]),
+    "torchrun": (CNN, ["torch.distributed.run", "--nproc_per_node", "2"]),
 }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A data folder whose counts of validation and test images do not divide by two."""
+    return forked.make_images(tmp_path_factory.mktemp("images") / "data", counts=(20, 7, 5), side=16)
+
+
+@pytest.fixture
+def new_folder(images, tmp_path):
+    """A function that makes a folder in which data/ is the data."""
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").symlink_to(images)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def workdir(new_folder):
+    return new_folder("work")
 
 
 @pytest.fixture(params=COMMANDS)
 def command(request):
     return COMMANDS[request.param]
-
-
-def launch(launcher, command, cwd):
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, str(ROOT / command[0]), *command[1:]]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def read_run(folder):
@@ -42,21 +60,27 @@ def read_run(folder):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_run_two_processes(command, launcher, workdir):
-    ended = launch(LAUNCHERS[launcher], command, workdir)
+def test_launchers_run_two_processes(launcher, workdir):
+    command, module = LAUNCHERS[launcher]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", *module, str(ROOT / command[0]), *command[1:]]
+    ended = subprocess.run(words, cwd=workdir, env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("2 process(es) on cpu") == 1
     config, lines = read_run(workdir)
     assert config["environment"]["processes"] == 2
-    assert lines[-1]["epoch"] == 2 and lines[-1]["step"] == 2 * (240 // 16)
+    assert lines[-1]["epoch"] == 2 and lines[-1]["step"] == 2 * (60 // 16)
+    assert (workdir / "runs" / "run" / "predictions.safetensors").exists()
 
 
 def test_the_launcher_that_starts_one_process_says_so_and_uses_the_cores(workdir):
-    ended = launch(["accelerate.commands.launch", "--cpu", "--num_processes", "2"], [*CNN, "--epochs", "1"], workdir)
-    assert ended.returncode == 0, ended.stderr
+    """`accelerate launch --cpu --num_processes 2` starts one process (accelerate 2741), with this environment."""
+    env = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+    env |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    ended = forked.run(*CNN, "--batch-size", "1000", cwd=workdir, env=env)  # as far as it has said so
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert f"1 process(es) on cpu, {cores} threads each" in ended.stdout
-    assert read_run(workdir)[0]["environment"]["threads"] == cores
+    assert_user_error(ended, "1000")
 
 
 def test_processes_that_believe_to_be_alone_are_refused(command, workdir):
@@ -65,61 +89,64 @@ def test_processes_that_believe_to_be_alone_are_refused(command, workdir):
     assert not (workdir / "runs").exists()
 
 
-def write_batches_and_predictions(folder):
-    """A hook: write down the indices of every training batch and all validation predictions of this process."""
-    steps, predict, rank = common.train_steps, common.predict, os.environ.get("RANK", "0")
+def write_batches(folder):
+    """A hook: write down the images of every training batch of this process."""
+    rank, epoch = os.environ.get("RANK", "0"), common.Batches.epoch
 
-    def train_steps(accelerator, task, epoch, start=0):
-        inputs = task.inputs
+    def noted(self, number):
+        inputs = self.inputs
 
-        def noted(index, epoch):
+        def note(index, epoch):
             with open(folder / f"batches{rank}", "a") as file:
-                file.write(f"{index.tolist()}\n")
+                print(index.tolist(), file=file)
             return inputs(index, epoch)
 
-        task.inputs = noted
-        yield from steps(accelerator, task, epoch, start)
-        task.inputs = inputs
+        self.inputs = note
+        yield from epoch(self, number)
+        self.inputs = inputs
 
-    def noted_predict(*args):
-        log_probs = predict(*args)
-        with open(folder / f"predictions{rank}", "a") as file:
-            file.write(f"{log_probs.tolist()}\n")
-        return log_probs
-
-    common.train_steps, common.predict = train_steps, noted_predict
+    common.Batches.epoch = noted
 
 
 def read_lists(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_two_processes_compute_what_one_does(command, small_data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder, run in ((one, forked.run), (two, forked.run_pair)):
-        folder.mkdir()
-        (folder / "data").symlink_to(small_data / "data")
-        run(*command, cwd=folder, hook=write_batches_and_predictions, hook_args=(folder,))
+def test_two_processes_compute_what_one_does(command, new_folder):
+    one, two = new_folder("one"), new_folder("two")
+    hook = {"hook": write_batches}
+    assert forked.run(*command, cwd=one, **hook, hook_args=(one,)).returncode == 0
+    pair = forked.run_pair(*command, cwd=two, **hook, hook_args=(two,))
+    assert [(process.returncode, process.stderr) for process in pair] == [(0, "")] * 2
     shards = zip(read_lists(two / "batches0"), read_lists(two / "batches1"))
     assert [first + second for first, second in shards] == read_lists(one / "batches0")
     (config, lines), (config2, lines2) = read_run(one), read_run(two)
     assert [config[key] for key in ("model", "options", "data")] == [config2[k] for k in ("model", "options", "data")]
     for key in ("epoch", "step", "head", "lr"):
         assert [line[key] for line in lines] == [line[key] for line in lines2]
-    assert (two / "predictions0").read_text() == (two / "predictions1").read_text()
-    if command is PROBE:  # the CNN's batch statistics are those of a process's share
-        import torch
-
-        log_probs, log_probs2 = (torch.tensor(read_lists(folder / "predictions0")) for folder in (one, two))
-        assert torch.equal(log_probs.argmax(-1), log_probs2.argmax(-1))
-        assert torch.allclose(log_probs, log_probs2, atol=1e-4)
-        for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1"):
-            assert [line[key] for line in lines] == pytest.approx([line[key] for line in lines2], abs=1e-5)
+    tensors, tensors2 = (
+        common.load_tensors(folder / "runs" / "run" / "predictions.safetensors")[0] for folder in (one, two)
+    )
+    heads = len(config["heads"])
+    assert {key: list(value.shape) for key, value in tensors2.items()} == {
+        "val.log_probs": [heads, 21, 3],
+        "val.labels": [21],
+        "test.log_probs": [heads, 15, 3],
+        "test.labels": [15],
+    }
+    assert torch.equal(tensors["val.labels"], tensors2["val.labels"])
+    assert_events_equal_metrics(two / "runs" / "run")
+    # The CNN's batch statistics are those of a process's share.
+    tolerance = {"abs": 1e-5} if command is PROBE else {"abs": 0.3}
+    for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in lines2], **tolerance)
+    if command is PROBE:
+        for key in tensors:
+            assert torch.allclose(tensors[key], tensors2[key], atol=1e-4), key
 
 
 def predict_indices():
     """A hook: instead of training, predict for each image its own index, and check that each is there once."""
-    import torch
     from torch import nn
 
     import train_cnn
@@ -129,8 +156,8 @@ def predict_indices():
         for n in (1, 2, 3, 5, 17, 32, 33, 102):
             for batch_size in (2, 4, 16, 34, 128):
                 inputs = lambda index, n=n: 50.0 * nn.functional.one_hot(index, n)  # noqa: E731
-                log_probs = common.predict(accelerator, nn.Identity(), inputs, n, batch_size)
-                assert torch.equal(log_probs.argmax(-1)[0], torch.arange(n)), (n, batch_size)
+                found = common.predict(accelerator, nn.Identity(), inputs, n, batch_size)
+                assert torch.equal(found.argmax(-1), torch.arange(n)), (n, batch_size)
 
     train_cnn.main = main
 
@@ -142,12 +169,68 @@ def test_every_validation_image_counts_once_where_counts_do_not_divide(run, tmp_
         assert process.returncode == 0, process.stderr
 
 
-def test_a_mistake_is_told_once(command, workdir):
-    for more in (["--batch-size", "15"], ["--data-dir", "nowhere"], ["--epochs", "none"]):
-        first, second = forked.run_pair(*command, *more, cwd=workdir)
-        assert_user_error(first, more[1])
-        assert (second.returncode, second.stderr) == (2, "")
-    assert not (workdir / "runs").exists()
+def assert_said_once(pair, *parts):
+    """Both processes end as a user's mistake must, and one of them says it."""
+    first, second = pair
+    assert_user_error(first, *parts)
+    assert (second.returncode, second.stderr) == (2, "")
+
+
+def cut_checkpoint(folder):
+    forked.run(*CNN, cwd=folder)
+    file = folder / "runs" / "run" / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+# What is wrong: options, what to do to the folder before, and what is said.
+MISTAKES = {
+    "batch size": (["--batch-size", "15"], None, ["--batch-size", "15"]),
+    "no data": (["--data-dir", "nowhere"], None, ["nowhere"]),
+    "option": (["--epochs", "none"], None, ["none"]),
+    "precision": (["--mixed-precision", "fp16"], None, ["fp16"]),
+    "exists": ([], lambda folder: forked.run(*CNN, cwd=folder), ["runs/run", "exists"]),
+    "damaged": (["--resume"], cut_checkpoint, ["checkpoint.pt", "damaged"]),
+    "a file in place of runs/": ([], lambda folder: (folder / "runs").write_text("mine"), ["runs"]),
+    "divergence": (["--lr", "1000", "--schedule", "constant", "--epochs", "30"], None, ["--lr", "loss"]),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_said_once(kind, workdir):
+    more, prepare, parts = MISTAKES[kind]
+    if prepare:
+        prepare(workdir)
+    began = time.monotonic()
+    hook = {"hook": diverge} if kind == "divergence" else {}
+    assert_said_once(forked.run_pair(*CNN, *more, cwd=workdir, **hook), *parts)
+    assert time.monotonic() - began < 60
+    if not prepare and kind != "divergence":
+        assert not (workdir / "runs").exists()
+
+
+def diverge():
+    """A hook: the first step makes weights infinite."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def fill(optimizer, *args):
+        optimizer.param_groups[0]["params"][0].data.fill_(torch.inf)
+
+    register_optimizer_step_post_hook(fill)
+
+
+def test_a_probe_without_its_weights_says_so_once(workdir):
+    ended = forked.run_pair("train_vit_probe.py", "--weights", "nowhere.pt", cwd=workdir)
+    assert_said_once(ended, "nowhere.pt")
+
+
+def interrupt_both(place, count):
+    interrupt_at(place, count)
+
+
+def test_ctrl_c_is_answered_once(workdir):
+    first, second = forked.run_pair(*CNN, cwd=workdir, hook=interrupt_both, hook_args=("after a step", 4))
+    assert (first.returncode, second.returncode, second.stderr) == (130, 130, "")
+    assert len(first.stderr.splitlines()) == 1 and "torchrun --nproc_per_node 2" in first.stderr
 
 
 def die_in_rank_0(place, count):
@@ -155,40 +238,62 @@ def die_in_rank_0(place, count):
         forked.die_at(place, count)
 
 
-def test_two_processes_killed_and_resumed_end_as_uninterrupted(command, small_data, tmp_path):
-    whole, life = tmp_path / "whole", tmp_path / "life"
-    for folder in (whole, life):
-        folder.mkdir()
-        (folder / "data").symlink_to(small_data / "data")
-    assert [p.returncode for p in forked.run_pair(*command, cwd=whole)] == [0, 0]
-    for place, count in (("before a step", 9), ("before metrics.jsonl", 1), ("after a step", 14)):
-        first, second = forked.start_pair(
-            *command, "--resume", "--checkpoint-steps", "4", cwd=life, hook=die_in_rank_0, hook_args=(place, count)
-        )
+def test_two_processes_killed_and_resumed_end_as_uninterrupted(command, new_folder):
+    whole, life = new_folder("whole"), new_folder("life")
+    more = ["--epochs", "3"]
+    assert [p.returncode for p in forked.run_pair(*command, *more, cwd=whole)] == [0, 0]
+    for place, count in (("before a step", 5), ("before metrics.jsonl", 2)):
+        hook = {"hook": die_in_rank_0, "hook_args": (place, count)}
+        first, second = forked.start_pair(*command, *more, "--resume", cwd=life, **hook)
         assert forked.finish(first).returncode == -signal.SIGKILL
         second.kill()
         second.join()
-    first, second = forked.run_pair(*command, "--resume", cwd=life)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    pair = forked.run_pair(*command, *more, "--resume", cwd=life)
+    assert [(process.returncode, process.stderr) for process in pair] == [(0, "")] * 2
     assert result(life / "runs" / "run") == result(whole / "runs" / "run")
+    assert curves(life / "runs" / "run") == curves(whole / "runs" / "run")
 
 
-def test_a_process_that_lacks_the_checkpoint_is_told(workdir, small_data, tmp_path_factory):
-    """Two machines without a shared disk, where the second lacks the run's folder."""
-    assert forked.run_pair(*CNN, cwd=workdir)[0].returncode == 0
-    before = folder_hash(workdir / "runs")
-    other = tmp_path_factory.mktemp("other")
-    (other / "data").symlink_to(small_data / "data")
-    for more, say in (["--resume"], "every machine"), ([], "exists"):
-        first, second = forked.run_pair(*CNN, *more, cwd=workdir, hook=second_goes_to, hook_args=(other,))
-        assert_user_error(first, "runs/run", say)
-        assert (second.returncode, second.stderr) == (2, "")
-    assert folder_hash(workdir / "runs") == before
+def test_two_processes_do_a_sweep(workdir):
+    pair = forked.run_pair(*CNN, "--lr", "1e-3", "1e-2", "--epochs", "1", cwd=workdir)
+    assert [(process.returncode, process.stderr) for process in pair] == [(0, "")] * 2
+    runs = list((workdir / "runs").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert_events_equal_metrics(run)
 
 
 def second_goes_to(folder):
     if os.environ["RANK"] == "1":
         os.chdir(folder)
+
+
+def test_only_the_main_process_touches_the_disk(command, new_folder):
+    """Two machines without a shared disk: the second has only the images, and nothing is written there."""
+    first, second, alone = new_folder("first"), new_folder("second"), new_folder("alone")
+    elsewhere = {"hook": second_goes_to, "hook_args": (second,)}
+    for more, code in ([], 0), ([], 2), (["--resume"], 0):
+        pair = forked.run_pair(*command, *more, cwd=first, **elsewhere)
+        assert [process.returncode for process in pair] == [code, code], pair
+    assert_said_once(forked.run_pair(*command, cwd=first, **elsewhere), "exists")
+    assert forked.run_pair(*command, cwd=alone)[0].returncode == 0
+    assert result(first / "runs" / "run") == result(alone / "runs" / "run")
+    assert [path.name for path in second.iterdir()] == ["data"]
+
+
+def test_a_checkpoint_of_the_main_process_is_enough_to_resume(new_folder):
+    first, second, alone = new_folder("first"), new_folder("second"), new_folder("alone")
+    assert forked.run_pair(*CNN, cwd=alone)[0].returncode == 0
+    shutil.copytree(alone / "runs", first / "runs")
+    (first / "runs" / "run" / "predictions.safetensors").unlink()
+    hook = {"hook": second_goes_to, "hook_args": (second,)}
+    pair = forked.run_pair(*CNN, "--resume", cwd=first, **hook)
+    assert [(process.returncode, process.stderr) for process in pair] == [(0, "")] * 2
+    assert result(first / "runs" / "run") == result(alone / "runs" / "run")
+    before = folder_hash(first / "runs")
+    pair = forked.run_pair(*CNN, "--resume", cwd=first, **hook)
+    assert pair[0].stdout.count("already complete") == 1 and "already complete" not in pair[1].stdout
+    assert folder_hash(first / "runs") == before
 
 
 def no_weights(wait):
@@ -199,12 +304,12 @@ def no_weights(wait):
         raise common.UserError("no weights here")
 
     train_vit_probe.find_weights = find_weights
-    os.environ.pop("VIT_TINY_WEIGHTS", None)
 
 
 def test_recorded_features_serve_two_processes_without_weights(default_data, tmp_path):
     (tmp_path / "data").symlink_to(default_data / "data")
     args = ["--epochs", "1", "--batch-size", "600", "--name", "run"]
-    first, second = forked.run_pair("train_vit_probe.py", *args, cwd=tmp_path, hook=no_weights, hook_args=(0.5,))
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    more = {"hook": no_weights, "hook_args": (0.5,), "env": {"VIT_TINY_WEIGHTS": None}}
+    pair = forked.run_pair("train_vit_probe.py", *args, cwd=tmp_path, **more)
+    assert [process.returncode for process in pair] == [0, 0], pair
     assert read_run(tmp_path)[1][0]["val_accuracy"] > 0.8
