@@ -1058,11 +1058,12 @@ class Run:
         file = self.path / "checkpoint.pt"
         if not file.exists():
             return None
+        data = file.read_bytes()
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
         except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            if of_machine(error):
+            if of_machine(error) and not isinstance(error, OSError):
                 raise
             why = str(error).split("\n")[0][:100]
             raise UserError(f"{file}: damaged ({why}): remove its run folder to start again") from None

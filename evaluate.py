@@ -307,12 +307,14 @@ class Study:
     def __init__(self, classifiers: list[Classifier], left_out: dict[Path, str]):
         self.classifiers, self.classes = classifiers, classifiers[0].config["data"]["classes"]
         self.notes = [f"{path}: {why}" for path, why in left_out.items()] + name_models(classifiers)
-        settings, self.best, leaders = {}, {}, {}
+        settings, self.best, leaders, repeats = {}, {}, {}, Counter()
         for c in classifiers:
             key = c.row["model"], c.row["epochs"], c.row["lr"], c.row["schedule"]
             kept = settings.setdefault(key, Setting(*key)).seeds.setdefault(c.row["seed"], c)
             if kept is not c:
-                self.notes.append(f"{c.row['run']} repeats {kept.row['run']} ({kept.head['name']}): counted once")
+                repeats[c.row["run"], kept.row["run"]] += 1
+        for (run, other), count in repeats.items():
+            self.notes.append(f"{run} repeats {other} ({count} of its classifiers): counted once")
         self.settings = sorted(settings.values(), key=Setting.merit, reverse=True)
         for s in self.settings:
             self.best.setdefault((s.model, s.epochs), s)

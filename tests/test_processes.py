@@ -238,17 +238,17 @@ def die_in_rank_0(place, count):
         forked.die_at(place, count)
 
 
-def test_two_processes_killed_and_resumed_end_as_uninterrupted(command, new_folder):
+def test_two_processes_killed_and_resumed_end_as_uninterrupted(new_folder):
     whole, life = new_folder("whole"), new_folder("life")
     more = ["--epochs", "3"]
-    assert [p.returncode for p in forked.run_pair(*command, *more, cwd=whole)] == [0, 0]
+    assert [p.returncode for p in forked.run_pair(*CNN, *more, cwd=whole)] == [0, 0]
     for place, count in (("before a step", 5), ("before metrics.jsonl", 2)):
         hook = {"hook": die_in_rank_0, "hook_args": (place, count)}
-        first, second = forked.start_pair(*command, *more, "--resume", cwd=life, **hook)
+        first, second = forked.start_pair(*CNN, *more, "--resume", cwd=life, **hook)
         assert forked.finish(first).returncode == -signal.SIGKILL
         second.kill()
         second.join()
-    pair = forked.run_pair(*command, *more, "--resume", cwd=life)
+    pair = forked.run_pair(*CNN, *more, "--resume", cwd=life)
     assert [(process.returncode, process.stderr) for process in pair] == [(0, "")] * 2
     assert result(life / "runs" / "run") == result(whole / "runs" / "run")
     assert curves(life / "runs" / "run") == curves(whole / "runs" / "run")
@@ -268,15 +268,15 @@ def second_goes_to(folder):
         os.chdir(folder)
 
 
-def test_only_the_main_process_touches_the_disk(command, new_folder):
+def test_only_the_main_process_touches_the_disk(new_folder):
     """Two machines without a shared disk: the second has only the images, and nothing is written there."""
     first, second, alone = new_folder("first"), new_folder("second"), new_folder("alone")
     elsewhere = {"hook": second_goes_to, "hook_args": (second,)}
     for more, code in ([], 0), ([], 2), (["--resume"], 0):
-        pair = forked.run_pair(*command, *more, cwd=first, **elsewhere)
+        pair = forked.run_pair(*PROBE, *more, cwd=first, **elsewhere)
         assert [process.returncode for process in pair] == [code, code], pair
-    assert_said_once(forked.run_pair(*command, cwd=first, **elsewhere), "exists")
-    assert forked.run_pair(*command, cwd=alone)[0].returncode == 0
+    assert_said_once(forked.run_pair(*PROBE, cwd=first, **elsewhere), "exists")
+    assert forked.run_pair(*PROBE, cwd=alone)[0].returncode == 0
     assert result(first / "runs" / "run") == result(alone / "runs" / "run")
     assert [path.name for path in second.iterdir()] == ["data"]
 
@@ -297,6 +297,7 @@ def test_a_checkpoint_of_the_main_process_is_enough_to_resume(new_folder):
 
 
 def no_weights(wait):
+    import common  # the copy's
     import train_vit_probe
 
     def find_weights(weights):
@@ -306,10 +307,7 @@ def no_weights(wait):
     train_vit_probe.find_weights = find_weights
 
 
-def test_recorded_features_serve_two_processes_without_weights(default_data, tmp_path):
-    (tmp_path / "data").symlink_to(default_data / "data")
-    args = ["--epochs", "1", "--batch-size", "600", "--name", "run"]
-    more = {"hook": no_weights, "hook_args": (0.5,), "env": {"VIT_TINY_WEIGHTS": None}}
-    pair = forked.run_pair("train_vit_probe.py", *args, cwd=tmp_path, **more)
-    assert [process.returncode for process in pair] == [0, 0], pair
-    assert read_run(tmp_path)[1][0]["val_accuracy"] > 0.8
+def test_neither_process_waits_for_one_that_has_found_no_weights(workdir):
+    scripts = forked.changed_copy(workdir / "scripts", "train_vit_probe.py")  # without recorded features
+    more = {"hook": no_weights, "hook_args": (0.5,), "env": {"VIT_TINY_WEIGHTS": None}, "scripts": scripts}
+    assert_said_once(forked.run_pair("train_vit_probe.py", cwd=workdir, **more), "no weights here")

@@ -373,11 +373,11 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(stopped, uni
     sizes = {path.name: path.stat().st_size for path in (stopped / "runs" / "run").iterdir()}
     events = max(size for name, size in sizes.items() if name.startswith("events"))
     small_disk("100k")
-    assert_user_error(forked.run(*command, cwd=tmp_path), "runs/run", "No space left on device")
+    assert_user_error(forked.run(*command, cwd=tmp_path), "No space left on device")
     # The first checkpoint fits, but not the second beside it.
     size = events + sizes["model.safetensors"] + int(1.7 * sizes["checkpoint.pt"])
     small_disk(f"{size // 1024}k", "remount")
-    assert_user_error(forked.run(*command, cwd=tmp_path), "runs/run", "No space left on device")
+    assert_user_error(forked.run(*command, cwd=tmp_path), "No space left on device")
     assert torch.load(tmp_path / "runs" / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
     assert [line["epoch"] for line in metrics(tmp_path / "runs" / "run")] == [1]
     assert not list((tmp_path / "runs").rglob("*.tmp"))
@@ -419,11 +419,11 @@ def test_a_loss_that_diverges_names_step_and_rate_and_keeps_the_last_good_checkp
     forked.make_images(tmp_path / "data")
     args = [*command, "--lr", "0.0625", "--schedule", "constant", "--name", "run"]
     ended = forked.run(*args, cwd=tmp_path, hook=weights_become, hook_args=(value, call))
-    assert_user_error(ended, "runs/run: the loss", f"in epoch {epoch}", "0.0625", "--lr")
+    assert_user_error(ended, "runs/run: the loss", f"epoch {epoch}", "--lr")
     assert ("is kept" in ended.stderr) == (epoch > 1)
     run = tmp_path / "runs" / "run"
     if step:
-        assert f"at step {step} " in ended.stderr
+        assert f"at step {step} " in ended.stderr and "0.0625" in ended.stderr
     else:
         assert "step 7" not in ended.stderr, "an epoch has six steps"
     if epoch == 1:

@@ -535,8 +535,9 @@ def test_resume_without_a_run_says_that_it_starts_one(tiny):
 def test_a_folder_without_a_checkpoint_is_started_anew(tiny):
     whole = result(train(tiny, *TINY))
     run = tiny / "runs" / "run"
-    (run / "checkpoint.pt").unlink()
-    (run / "metrics.jsonl").write_text("of a run that crashed")
+    for name in ("checkpoint.pt", "predictions.safetensors"):  # as one that crashed in its first epoch
+        (run / name).unlink()
+    (run / "metrics.jsonl").write_text("of something else")
     (run / "mine.txt").write_text("a user's file")
     again = train(tiny, *TINY)  # without --resume
     assert result(again) == whole and (run / "mine.txt").read_text() == "a user's file"
@@ -792,7 +793,11 @@ def run_readme_block(block, run, image, folder, monkeypatch):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(run)
     monkeypatch.chdir(folder)
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    namespace = {"__name__": "__main__"}
+    *lines, last = block.strip().splitlines()
+    exec(compile("\n".join(lines), "README.md", "exec"), namespace)
+    (answer,) = eval(last, namespace)
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_load_classifier_agrees_with_the_stored_predictions(trained, small_data, tmp_path):
@@ -824,8 +829,7 @@ def test_load_classifier_refuses_another_models_run(trained, tmp_path):
 
 def test_the_lines_of_the_readme_run(trained, small_data, tmp_path, monkeypatch):
     blocks = readme_blocks("train_cnn")
-    if not blocks:
-        pytest.skip("README does not show train_cnn.load_classifier")
+    assert blocks
     image = next((small_data / "data" / "val").rglob("*.png"))
     for block in blocks:
         run_readme_block(block, trained, image, tmp_path, monkeypatch)
