@@ -9,6 +9,7 @@ so a resumed run equals an uninterrupted one bit for bit.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import io
@@ -95,7 +96,6 @@ def cli(main) -> None:
         code, message = 130, str(stop) or "interrupted"
     except BrokenPipeError:  # `| head`
         code = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
     except (MemoryError, RuntimeError, OSError) as error:
         if not of_machine(error):
             raise
@@ -105,7 +105,11 @@ def cli(main) -> None:
             message = "out of memory: give a smaller --batch-size or --image-size, or close other programs"
     if message and os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody takes it any more; or Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291); all is written by now.
         os._exit(code)
@@ -343,6 +347,9 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     except ValueError as error:
         if "MASTER_ADDR" in str(error):
             raise alone from None
+        if "DynamoBackend" in str(error):
+            backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND")
+            raise UserError(f"ACCELERATE_DYNAMO_BACKEND={backend}: not known to Accelerate: unset it") from None
         raise UserError(f"--mixed-precision {precision}: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != world:
         raise alone
@@ -462,16 +469,17 @@ def prepare_default_data(accelerator, data_dir: str) -> None:
         raise UserError(error.splitlines()[-1].removeprefix("prepare_data.py: "))
 
 
-def class_folders(folder: Path) -> dict[str, Path]:
-    """Class name -> its folder, in the order of the names; hidden and system folders are no classes.
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its folders, in the order of the names; hidden and system folders are no classes.
 
-    Names are composed (NFC), as a Mac may have decomposed them; what is not Unicode is replaced by "?".
+    Names are composed (NFC), as a Mac may have decomposed them, so that a class can have two folders; what is not
+    Unicode is replaced by "?".
     """
     found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and not path.name.startswith(".") and path.name not in SYSTEM_FOLDERS:
             name = unicodedata.normalize("NFC", path.name).encode(errors="replace").decode()
-            found[name] = path
+            found.setdefault(name, []).append(path)
     return dict(sorted(found.items()))
 
 
@@ -573,8 +581,8 @@ def find_images(root: Path, split: str, classes: list[str]) -> dict[str, list[Pa
     if different:
         names = ", ".join(sorted(different))
         raise UserError(f"{root / split}: classes differ from train/ ({names}): every split needs the same")
-    found = {name: image_files(path) for name, path in folders.items()}
-    empty = [str(folders[name]) for name in found if not found[name]]
+    found = {name: [file for path in paths for file in image_files(path)] for name, paths in folders.items()}
+    empty = [str(folders[name][0]) for name in found if not found[name]]
     if empty and split != "test":
         raise UserError(f"{', '.join(empty)}: no images: fill or remove the class in every split")
     return found
@@ -916,7 +924,8 @@ def run_name(args, given, parser, model: str) -> str:
     others = {k: v for k, v in vars(args).items() if k not in spelt_out and v != parser.get_default(k)}
     if others and not args.name:
         parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
-    name = "-".join(parts)
+    # TensorBoard cannot open a folder whose name is not Unicode.
+    name = "".join("_" if "\ud800" <= c <= "\udfff" else c for c in "-".join(parts))
     whole = os.fsencode(name)
     if len(whole) <= 120:
         return name
@@ -963,6 +972,7 @@ def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, exam
         ", ".join(f"{key}={value}" for key, value in group.items() if key not in passed_over and value)
         for group in optimizer.param_groups
     )
+    source = getattr(sys.modules[type(model).__module__], "__file__", None)  # a notebook's cell has none
     described = {
         "architecture": repr(model),
         "layers": layer_table(model, example),
@@ -977,7 +987,7 @@ def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, exam
         "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
         "data": data.description,
         "environment": environment(accelerator),
-        "script": file_sha256(sys.argv[0]) if os.path.isfile(sys.argv[0]) else None,
+        "script": file_sha256(source) if source else None,
         "feature_seconds": 0.0,
     }
 
@@ -1063,7 +1073,7 @@ class Run:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
         except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            if of_machine(error) and not isinstance(error, OSError):
+            if of_machine(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
                 raise
             why = str(error).split("\n")[0][:100]
             raise UserError(f"{file}: damaged ({why}): remove its run folder to start again") from None

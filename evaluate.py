@@ -805,7 +805,7 @@ def find_folders(names: list[str]) -> list[Path]:
     if names:
         return [Path(name) for name in dict.fromkeys(names)]
     found = common.RUNS_DIR.iterdir() if common.RUNS_DIR.is_dir() else []
-    folders = [path for path in found if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in found if (path / "config.json").is_file()]
     if not folders:
         raise UserError(f"{common.RUNS_DIR}/: no runs yet: train first (python train_cnn.py), or name run folders")
     return sorted(folders, key=lambda path: natural(path.name))

@@ -144,12 +144,13 @@ def child(script, args, cwd, output, hook, hook_args, env, scripts):
         os.dup2(file, stream)
     encoding = os.environ.get("PYTHONIOENCODING")
     sys.stdout, sys.stderr = (open(fd, "w", closefd=False, encoding=encoding) for fd in (1, 2))  # noqa: SIM115
-    sys.argv = [script, *map(str, args)]
+    script = Path(scripts or ROOT, script)
+    sys.argv = [str(script), *map(str, args)]
     if scripts:  # the hook's module may have imported those of the repository
         sys.path.insert(0, str(scripts))
         for name in ("common", "train_cnn", "train_vit_probe"):
             sys.modules.pop(name, None)
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.stem)
     import common
 
     if hook:

@@ -385,7 +385,8 @@ def test_at_most_200_lines_of_hundreds_of_classifiers(monkeypatch, empty_picture
         heads = [make_head(f"grid{i}", lr, model=f"ViT-Tiny grid{i}") for i in range(12) for lr in rates]
         make_run(f"vit-e{epochs}", heads, epochs=epochs, **images)
     for i in range(50):
-        Path(f"runs/empty{i}").mkdir()
+        Path(f"runs/damaged{i}").mkdir()
+        Path(f"runs/damaged{i}/config.json").write_text("{")
     Path("report").mkdir()
     profile = {"machine": "here", "header": ["a", "b"], "rows": [["x", 1]] * 50, "notes": ["note"] * 50}
     Path("report/profile.json").write_text(json.dumps(profile))
@@ -587,14 +588,13 @@ def test_messages_and_exit_codes(monkeypatch, no_pictures, capsys):
     (make_run("garbled") / "config.json").write_text("{")
     (make_run("old") / "config.json").write_text('{"model": {"name": "cnn"}, "options": {}}')
     common.save_tensors(make_run("foreign") / "predictions.safetensors", {"val.labels": torch.zeros(3).long()}, {})
-    Path("runs/empty").mkdir()
+    Path("runs/notes of mine").mkdir()  # no run: passed over
     Path("runs/.ipynb_checkpoints").mkdir()
     Path("runs/a file").write_text("")
     assert run_main(monkeypatch) == 1
     lines = capsys.readouterr().err.splitlines()
     expected = {
         "cut": "predictions.safetensors: not a readable safetensors file",
-        "empty": "no run folder|not a run folder",
         "foreign": "does not fit config.json",
         "garbled": "config.json: not readable",
         "no-metrics": "metrics.jsonl: not readable",

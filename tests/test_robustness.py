@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -305,11 +306,14 @@ def mutated(data: bytes, draw) -> bytes:
 
 def fails_with(error):
     """A hook: reading a checkpoint fails with `error`."""
+    read_bytes = Path.read_bytes
 
-    def load(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise error
 
-    torch.load = load
+    torch.load = fail
+    if isinstance(error, OSError):
+        Path.read_bytes = lambda path: fail() if path.name == "checkpoint.pt" else read_bytes(path)
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,44 @@ def test_stored_predictions_are_those_of_the_stored_weights(sweep, data):
         assert scores == pytest.approx({key: best[f"val_{key}"] for key in ("loss", "accuracy", "macro_f1")}, rel=1e-5)
 
 
+def options(**more):
+    """The script's options with one learning rate, schedule and seed, as `build` takes them."""
+    args = train_cnn.make_parser().parse_args([])
+    return SimpleNamespace(**vars(args) | {"lr": 5e-3, "schedule": "cosine", "seed": 0} | more)
+
+
+def guesses(labels, classes, right, margin=3.0):
+    """Log-probabilities of which the first `right` are right and the others wrong."""
+    wrong = torch.arange(len(labels)) >= right
+    return (margin * F.one_hot((labels + wrong) % classes, classes)).float().log_softmax(1)
+
+
+def test_the_weights_of_the_best_epoch_are_kept_and_predict_at_the_end(tiny, monkeypatch):
+    """The second of four epochs: the most accurate, and of two such the one with the lower loss."""
+    monkeypatch.chdir(tiny)
+    data, accelerator = common.load_data("data", 8), common.make_accelerator("no")
+    training = train_cnn.build(options(epochs=4, batch_size=8, image_size=8, name="run"), data, accelerator)
+    val, weights = data.splits["val"].labels, []
+    outcomes = [(9, 3.0), (12, 2.0), (12, 4.0), (4, 9.0)]  # of 15 right, and how sure
+    with common.Run(accelerator, "run", training.config, data) as run:
+        run.restore(model=training.model, optimizer=training.optimizer)
+        for epoch in run.epochs(4):
+            steps = train_cnn.train_epoch(accelerator, training, epoch)
+            weights.append({key: value.clone() for key, value in training.model.state_dict().items()})
+            run.end_epoch(steps, guesses(val, 3, *outcomes[epoch]))
+
+        def predict(split):
+            used.append(training.model.state_dict()["classifier.1.weight"].clone())
+            return guesses(data.splits[split].labels, 3, 12)
+
+        used = []
+        run.finish(predict)
+    best = load_file(tiny / "runs" / "run" / "model.safetensors")
+    assert best.keys() == weights[1].keys() and all(torch.equal(best[key], weights[1][key]) for key in best)
+    assert len(used) == 2 and all(torch.equal(weight, best["classifier.1.weight"]) for weight in used)
+    assert [line["val_accuracy"] for line in metrics(tiny / "runs" / "run")] == [9 / 15, 12 / 15, 12 / 15, 4 / 15]
+
+
 def test_output_is_a_line_an_epoch_and_how_it_ended(sweep):
     done, runs = sweep
     lines = done.stdout.splitlines()
@@ -939,9 +977,8 @@ def fake_device(monkeypatch):
 
 
 def test_a_training_step_and_predictions_stay_on_the_device(data, fake_device, monkeypatch):
-    options = {"epochs": 1, "batch_size": 80, "lr": 5e-3, "schedule": "cosine", "weight_decay": 0.05, "seed": 0}
-    options |= {"label_smoothing": 0.1, "image_size": 32, "crop_scale": 0.9, "no_flip": False, "name": None}
-    training = train_cnn.build(SimpleNamespace(**options), data, fake_device)
+    args = options(epochs=1, batch_size=80, image_size=32)
+    training = train_cnn.build(args, data, fake_device)
     assert on_device(training.model.parameters()) and on_device(training.model.buffers())
     assert on_device(images.images for images in training.images.values())
     with monkeypatch.context() as patch:

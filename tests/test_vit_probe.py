@@ -23,6 +23,7 @@ from test_train_cnn import (
     best_of,
     config_of,
     fake_device,  # noqa: F401
+    guesses,
     hyperparameters,
     on_device,
     read_events,
@@ -386,6 +387,23 @@ def test_stored_predictions_are_those_of_the_stored_weights(sweep, data):
             best, scores = best_of(of_head), common.scores(stored["val.log_probs"][h], data.splits["val"].labels)
             expected = {key: best[f"val_{key}"] for key in ("loss", "accuracy", "macro_f1")}
             assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_heads_best_weights_are_kept(tiny, data, accelerator):
+    args = options("--epochs", 3, "--batch-size", 16, "--features", "class", "--lr", 1e-3, 1e-2)
+    features = {name: torch.randn(len(split.labels), WIDTH) for name, split in data.splits.items()}
+    identity = {"name": MODEL, "weights": "random", "sha256": "seed 0", "parameters": 0}
+    training = probe.build(args, data, features | {"train": [features["train"]]}, identity, accelerator)
+    val, weights, right = data.splits["val"].labels, [], [(20, 8), (10, 9), (15, 21)]
+    with common.Run(accelerator, "run", training.config, data, prefixes=["heads.0.", "heads.1."]) as run:
+        run.restore(model=training.model, optimizer=training.optimizer)
+        for epoch in run.epochs(3):
+            steps = probe.train_epoch(accelerator, training, epoch)
+            weights.append([layer.weight.detach().clone() for layer in training.model.heads])
+            run.end_epoch(steps, torch.stack([guesses(val, 6, count) for count in right[epoch]], 1))
+        run.finish(lambda split: training.features[split][:, :12].reshape(-1, 2, 6).log_softmax(2))
+    best = load_file(tiny / "runs" / "run" / "model.safetensors")
+    assert torch.equal(best["heads.0.weight"], weights[0][0]) and torch.equal(best["heads.1.weight"], weights[2][1])
 
 
 # ---------------------------------------------------------------------------------------------------- cache
