@@ -31,6 +31,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 import common
+import evaluate
 import train_cnn
 
 EPOCHS, BATCH, STEPS = 2, 24, 10  # small data: 240 training images
@@ -680,8 +681,9 @@ OWN_MODULE = '''class Gate(nn.Module):
 class CNN(nn.Module):'''
 RELU = "nn.ReLU(inplace=True),"
 CHANGES = {
-    "dropout": [(RELU, "nn.ReLU(inplace=True), nn.Dropout(0.3),")],
-    "four-blocks": [
+    "layers": [
+        ("class CNN(nn.Module):", OWN_MODULE),
+        (RELU, RELU + " nn.Dropout(0.3), Gate(width),"),
         ("widths=(32, 64, 128)", "widths=(16, 32, 64, 128)"),
         ("nn.MaxPool2d(2)", "nn.MaxPool2d(2, stride=1)"),
     ],
@@ -690,7 +692,6 @@ CHANGES = {
         ("fused=True)", "momentum=0.9, nesterov=True)"),
         ("schedule(step, total)", "(1 - step / total)"),
     ],
-    "own-module": [("class CNN(nn.Module):", OWN_MODULE), (RELU, RELU + " Gate(width),")],
 }
 
 
@@ -731,19 +732,19 @@ def test_a_changed_copy_trains_logs_and_resumes_to_the_same_bits(students, chang
     assert config["model"]["name"] == change
     assert (config["model"]["architecture"] == baseline["model"]["architecture"]) == (change == "sgd")
     assert config["model"]["optimizer"].startswith("SGD" if change == "sgd" else "AdamW")
-    if change == "four-blocks":
-        assert [layer[1][0] for layer in config["model"]["layers"] if "Conv2d" in layer[0]] == [16, 32, 64, 128]
-    if change == "dropout":  # which did draw random numbers
-        assert [line["train_loss"] for line in metrics(run)] != [
-            line["train_loss"] for line in metrics(students / "runs" / "baseline")
-        ]
+    assert config["data"] == baseline["data"] and config["options"]["seed"] == baseline["options"]["seed"]
+    if change == "layers":
+        layers = config["model"]["layers"]
+        assert [shape[0] for name, shape, _ in layers if "Conv2d" in name] == [16, 32, 64, 128]
+        assert sum("Dropout" in name for name, _, _ in layers) == 4
 
 
-def test_changed_copies_stand_in_the_report_beside_the_old_runs(students):
+def test_changed_copies_stand_in_the_report_beside_the_old_runs(students, monkeypatch):
     made = {run.name for run in (students / "runs").iterdir() if (run / "predictions.safetensors").exists()}
-    assert made >= {"baseline"}
-    done = forked.run("evaluate.py", cwd=students)
-    assert done.returncode == 0, done.stderr
+    assert "baseline" in made
+    monkeypatch.chdir(students)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    assert not evaluate.main()
     report = (students / "report" / "report.md").read_text()
     for name in made:
         assert f"| {name} " in report, name
@@ -1053,8 +1054,8 @@ def count_models_at_exit():
 
 
 def test_a_sweep_does_not_keep_its_models(tiny):
-    done = forked.run("train_cnn.py", *TINY, "--epochs", 1, "--seed", *range(4), cwd=tiny, hook=count_models_at_exit)
-    assert done.returncode == 0 and int(done.stdout.split("alive:")[1]) <= 2, (done.stdout, done.stderr)
+    done = forked.run("train_cnn.py", *TINY, "--epochs", 1, "--seed", *range(3), cwd=tiny, hook=count_models_at_exit)
+    assert done.returncode == 0 and int(done.stdout.split("alive:")[1]) <= 1, (done.stdout, done.stderr)
 
 
 def test_one_epoch_of_the_default_data_reaches_85_percent(default_data, tmp_path):

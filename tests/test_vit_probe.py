@@ -206,8 +206,8 @@ def test_grey_images_become_three_equal_channels():
 
 @torch.no_grad()
 def test_bf16_features_are_close_to_float32s(data):
-    x = pictures(data.splits["val"], range(2))
-    exact, rough = (backbone_of(["class", "mean", "grid4"], precision=p)(x).float() for p in ("no", "bf16"))
+    x = pictures(data.splits["val"], range(2), 64)
+    exact, rough = (backbone_of(["class", "mean", "grid4"], size=64, precision=p)(x).float() for p in ("no", "bf16"))
     assert not torch.equal(exact, rough) and ((exact - rough).norm() / exact.norm()) < 0.05
 
 
@@ -394,7 +394,7 @@ def test_each_heads_best_weights_are_kept(tiny, data, accelerator):
     features = {name: torch.randn(len(split.labels), WIDTH) for name, split in data.splits.items()}
     identity = {"name": MODEL, "weights": "random", "sha256": "seed 0", "parameters": 0}
     training = probe.build(args, data, features | {"train": [features["train"]]}, identity, accelerator)
-    val, weights, right = data.splits["val"].labels, [], [(20, 8), (10, 9), (15, 21)]
+    val, weights, right = data.splits["val"].labels, [], [(20, 8), (10, 9), (15, 12)]
     with common.Run(accelerator, "run", training.config, data, prefixes=["heads.0.", "heads.1."]) as run:
         run.restore(model=training.model, optimizer=training.optimizer)
         for epoch in run.epochs(3):
@@ -1014,29 +1014,44 @@ def assert_recorded(recorded, exact, tensors):
     assert steps.mean() < 0.3 and steps.flatten().kthvalue(int(0.99 * steps.numel())).values < 0.6
 
 
+@pytest.fixture(scope="module")
+def default_run(default_data, tmp_path_factory):
+    """A run on the default data without weights and network, and its folder."""
+    folder = tmp_path_factory.mktemp("offline")
+    (folder / "data").symlink_to(default_data / "data")
+    return folder, offline(folder, "--epochs", 1, "--name", "run")
+
+
+@needs_features
+def test_default_data_work_without_weights_and_network(default_run):
+    folder, done = default_run
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "recorded features" in done.stdout
+    config = config_of(folder / "runs/run")
+    assert config["model"]["backbone"]["weights"] == "recorded features"
+    assert metrics(folder / "runs/run")[0]["val_accuracy"] >= 0.92
+
+
 @needs_features
 @needs_weights
-def test_recorded_features_equal_those_made_again_from_the_weights(default_data):
+@torch.no_grad()
+def test_recorded_features_equal_those_made_again_from_the_weights(default_data, default_run, tmp_path, monkeypatch):
+    """Of the first image of each class in each split."""
     tensors, meta = common.load_tensors(probe.RECORDED)
     assert meta["backbone"]["sha256"] == common.file_sha256(WEIGHTS) and meta["backbone"]["name"] == MODEL
     assert probe.RECORDED.stat().st_size <= 16_000_000
-    data = common.load_data(str(default_data / "data"), 224)
-    assert meta["images"] == {name: split.sha256() for name, split in data.splits.items()}
+    whole = config_of(default_run[0] / "runs/run")["data"]
+    assert meta["images"] == whole["sha256"]
     assert meta["parts"] == probe.FEATURES[probe.DEFAULT_FEATURES]
-    backbone, recorded = backbone_of(meta["parts"], Path(WEIGHTS)), probe.recorded_features(data, meta["parts"])
+    first_images(default_data, tmp_path, train=1, val=1, test=1)
+    data = common.load_data(str(tmp_path / "data"), 224)
+    images = {name: split.sha256() for name, split in data.splits.items()}
+    index = {name: torch.arange(6) * (whole["counts"][name] // 6) for name in images}
+    few = {name: tensors[name][index[name]] for name in images} | {key: tensors[key] for key in ("scale", "offset")}
+    monkeypatch.setattr(probe, "RECORDED", tmp_path / "few.safetensors")
+    common.save_tensors(probe.RECORDED, few, meta | {"images": images})
+    recorded, backbone = probe.recorded_features(data, meta["parts"]), backbone_of(meta["parts"], Path(WEIGHTS))
     recorded["train"] = recorded["train"][0]
     for name, split in data.splits.items():
-        index = torch.linspace(0, len(split.labels) - 1, 6).long()
-        assert recorded[name].shape[0] == len(split.labels)
-        assert_recorded(recorded[name][index].float(), backbone(pictures(split, index)).float(), tensors)
-
-
-@needs_features
-def test_default_data_work_without_weights_and_network(default_data, tmp_path):
-    (tmp_path / "data").symlink_to(default_data / "data")
-    done = offline(tmp_path, "--epochs", 1, "--name", "run")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "recorded features" in done.stdout
-    config = config_of(tmp_path / "runs/run")
-    assert config["model"]["backbone"]["weights"] == "recorded features"
-    assert metrics(tmp_path / "runs/run")[0]["val_accuracy"] >= 0.92
+        assert len(tensors[name]) == whole["counts"][name]
+        assert_recorded(recorded[name].float(), backbone(pictures(split, range(6))).float(), few)
