@@ -7,12 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 WEIGHTS = os.environ.get("VIT_TINY_WEIGHTS")
 needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS does not name the pretrained weights")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Make each test compute with the number of threads that the scripts have, whatever a test before it has set."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run_script(name, *args, cwd, env=None, timeout=300):
