@@ -193,6 +193,8 @@ def read_run(path: Path) -> list[Classifier]:
             row |= {f"{split}_{key}": value for key, value in common.scores(log_probs[h], labels).items()}
         confidences, predictions = log_probs[h].exp().max(1)
         classifiers.append(Classifier(config, head, curve, split, labels, predictions, confidences, row))
+    if not classifiers:
+        raise UserError("config.json: names no classifier: restore or remove it")
     return classifiers
 
 
@@ -204,6 +206,9 @@ def read_runs(folders: list[Path]) -> tuple[list[Classifier], dict[Path, str]]:
             runs[path] = read_run(path)
         except UserError as error:
             left_out[path] = str(error).removeprefix(f"{path}/")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # values of a wrong type
+            what = f"{type(error).__name__}: {error}"[:100]
+            left_out[path] = f"config.json or a file beside it is damaged ({what}): restore or remove it"
     classes = {path: tuple(members[0].config["data"]["classes"]) for path, members in runs.items()}
     usual = Counter(classes.values()).most_common(1)
     for path in classes:

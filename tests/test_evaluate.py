@@ -578,6 +578,31 @@ def test_clears_only_its_own_files(monkeypatch, empty_pictures):
 # ------------------------------------------------------------------------------------------ messages and exits
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"options": 5},
+        {"options": {"epochs": "ten", "seed": 0}},
+        {"options": {"epochs": 2}},
+        {"heads": None},
+        {"heads": []},
+        {"heads": ["cnn"]},
+        {"data": {"classes": 3}},
+        {"model": []},
+        {"feature_seconds": "long"},
+    ],
+    ids=str,
+)
+def test_a_run_with_values_of_a_wrong_type_is_left_out_in_one_line(damage, monkeypatch, no_pictures, capsys):
+    make_run("good")
+    file = make_run("bad") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    assert run_main(monkeypatch) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluate.py: left out runs/bad: ") and "config.json" in line
+    assert len(rows_of_csv()) == 1
+
+
 def test_messages_and_exit_codes(monkeypatch, no_pictures, capsys):
     make_run("good")
     (make_run("unfinished") / "predictions.safetensors").unlink()
