@@ -324,7 +324,7 @@ def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
     vit = timm.create_model(BACKBONE, num_classes=0, img_size=image_size)
     if file:
         try:
-            state = timm.models.load_state_dict(str(file))
+            state = timm.models.load_state_dict(str(file), weights_only=True)  # older versions would run a pickle
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
             vit.load_state_dict(checkpoint_filter_fn(state, vit))
             if not all(value.isfinite().all() for value in state.values()):
