@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,7 +17,9 @@ needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS does no
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """Make each test compute with the number of threads that the scripts have, whatever a test before it has set."""
+    """Undo what a test does to the number of threads, as `make_accelerator` may: other numbers round otherwise."""
+    import torch  # not above, where it would not see OMP_NUM_THREADS
+
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,12 +183,6 @@ def finish(process):
 def run(script, *args, cwd, **more):
     """Like conftest's run_script, in a forked child; `hook(*hook_args)` is called in it before the script's main."""
     return finish(start(script, *args, cwd=cwd, **more))
-
-
-def call(function, *args):
-    """What `function` returns in such a child, where it computes in the same bits as the scripts."""
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
 
 
 def start_pair(script, *args, cwd, env=None, **more):

@@ -456,15 +456,8 @@ def batches_of(config, data, epoch):
 
 
 def plain_training(config, data, epochs):
-    """`plain_loop` in a child like those of the scripts: other tests may have changed how this process rounds."""
-    weights, losses = forked.call(plain_loop, config, data.path, epochs)
-    return {key: torch.from_numpy(value) for key, value in weights.items()}, losses
-
-
-def plain_loop(config, data_dir, epochs):
     """The weights after so many epochs, by a loop of torch's parts over the same batches, and the plain losses."""
     options = config["options"]
-    data = common.load_data(data_dir, options["image_size"])
     torch.manual_seed(common.key_seed(options["seed"], "init"))
     model = plain_network(len(data.classes), options["image_size"])
     kinds = [[p for p in model.parameters() if (p.dim() > 1) == weights] for weights in (True, False)]
@@ -482,7 +475,7 @@ def plain_loop(config, data_dir, epochs):
             F.cross_entropy(logits, y, label_smoothing=options["label_smoothing"]).backward()
             optimizer.step()
             step += 1
-    return {key: value.numpy() for key, value in model.state_dict().items()}, losses
+    return model.state_dict(), losses
 
 
 def test_weights_are_those_of_a_plain_loop_to_the_bit(sweep, data):
