@@ -21,7 +21,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -40,19 +39,6 @@ HERE = Path(__file__).resolve().parent
 DATA_DIR = "data"
 RUNS_DIR = Path("runs")
 REPORT_DIR = Path("report")
-# Folder name of each class -> its label in the official files.
-CLASSES = {
-    "T-shirt_top": 0,
-    "Trouser": 1,
-    "Pullover": 2,
-    "Dress": 3,
-    "Coat": 4,
-    "Sandal": 5,
-    "Shirt": 6,
-    "Sneaker": 7,
-    "Bag": 8,
-    "Ankle_boot": 9,
-}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 MAX_PIXELS = 50_000_000
@@ -73,17 +59,22 @@ def of_machine(error: BaseException) -> bool:
     return memory or "can't allocate memory" in str(error)  # torch's words on a CPU
 
 
-def cli(main) -> None:
-    """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's or the machine's.
-
-    130 for Ctrl-C, 1 when nobody reads the output any more. Anything else is a fault of ours: a traceback.
-    """
+def repair_streams() -> None:
+    """Make stdout and stderr take any text, also where the shell has closed them."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell (>&-)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
+
+
+def cli(main) -> None:
+    """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's or the machine's.
+
+    130 for Ctrl-C, 1 when nobody reads the output any more. Anything else is a fault of ours: a traceback.
+    """
+    repair_streams()
     # TensorBoard's thread raises its error (disk full) once more at the next record, in the main thread.
     threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     code, message = 2, ""
@@ -99,10 +90,9 @@ def cli(main) -> None:
     except (MemoryError, RuntimeError, OSError) as error:
         if not of_machine(error):
             raise
+        message = "out of memory: give a smaller --batch-size or --image-size, or close other programs"
         if isinstance(error, OSError):
             message = f"{error.filename or 'writing'}: {error.strerror}: free the place, or choose another"
-        else:
-            message = "out of memory: give a smaller --batch-size or --image-size, or close other programs"
     if message and os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     try:
@@ -116,39 +106,45 @@ def cli(main) -> None:
     sys.exit(code)
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, for a message of ours."""
+    return str(error).split("\n")[0][:100]
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` under a temporary name first, so that a reader sees the old file or the new."""
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if isinstance(data, str):
         data = data.encode(errors="replace")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk names no file
         raise
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when it is missing or damaged."""
+def parse_file(path: Path, parse):
+    """What `parse` makes of a file's text. Raises UserError when the file is missing or damaged."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return parse(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error}): restore it or remove it") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError when it is missing or damaged."""
+    return parse_file(path, lambda text: dict(json.loads(text)))
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. Raises UserError when it is missing or damaged."""
-    try:
-        return [dict(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}): restore it or remove it") from None
+    return parse_file(path, lambda text: [dict(json.loads(line)) for line in text.splitlines()])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -243,14 +239,10 @@ def training_parser(description: str | None, lr: float, batch_size: int, image_s
     return parser
 
 
-def combinations(*lists: list):
-    """Every combination of the values of the lists, each value once."""
-    return itertools.product(*map(dict.fromkeys, lists))
-
-
 def each_run(args: argparse.Namespace, *keys: str):
     """One copy of `args` for every combination of the values of the options `keys`, which become single values."""
-    for values in combinations(*(getattr(args, key) for key in keys)):
+    lists = [dict.fromkeys(getattr(args, key)) for key in keys]  # each value once
+    for values in itertools.product(*lists):
         yield argparse.Namespace(**vars(args) | dict(zip(keys, values)))
 
 
@@ -353,7 +345,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         raise UserError(f"--mixed-precision {precision}: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != world:
         raise alone
-    threads = f"{torch.get_num_threads()} threads each, precision {precision}"
+    threads = f"threads of each: {torch.get_num_threads()}, precision {precision}"
     accelerator.print(f"{world} process(es) on {accelerator.device.type}, {threads}")
     return accelerator
 
@@ -418,18 +410,9 @@ class Split:
     images: torch.Tensor
     labels: torch.Tensor
     paths: list[str]
-    decoded: str = ""  # hash of the images as decoded, whatever size they are stored in
+    sha256: str = ""  # of the images as decoded, whatever size they are stored in, and the labels
 
-    def sha256(self) -> str:
-        """Hash of the images and the labels, in order."""
-        digest = hashlib.sha256(self.decoded.encode())
-        if not self.decoded:
-            digest.update(repr(tuple(self.images.shape)).encode())
-            digest.update(self.images.numpy())
-        digest.update(self.labels.numpy())
-        return digest.hexdigest()
-
-    def few(self, count: int, seed: int) -> tuple["Split", torch.Tensor]:
+    def sample(self, count: int, seed: int) -> tuple["Split", torch.Tensor]:
         """`count` images of it (all, if it has fewer), drawn by `seed`, and their indices."""
         pick = torch.randperm(len(self.labels), generator=generator(seed, "sanity"))[:count]
         return Split(self.images[pick], self.labels[pick], [self.paths[i] for i in pick]), pick
@@ -452,7 +435,7 @@ class Data:
             "classes": self.classes,
             "channels": self.channels,
             "counts": {name: len(split.labels) for name, split in self.splits.items()},
-            "sha256": {name: split.sha256() for name, split in self.splits.items()},
+            "sha256": {name: split.sha256 for name, split in self.splits.items()},
         }
 
 
@@ -588,6 +571,15 @@ def find_images(root: Path, split: str, classes: list[str]) -> dict[str, list[Pa
     return found
 
 
+def images_sha256(images: list[np.ndarray], labels: torch.Tensor) -> str:
+    """Hash of images and labels, in order."""
+    pixels = hashlib.sha256()
+    for image in images:
+        pixels.update(repr(image.shape).encode())
+        pixels.update(image.tobytes())
+    return hashlib.sha256(pixels.hexdigest().encode() + labels.numpy().tobytes()).hexdigest()
+
+
 def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train", "val", "test")) -> Data:
     """Decode an ImageFolder once into memory, as [N, C, S, S] with S <= image_size, and C = 3 or, if grey, 1.
 
@@ -611,11 +603,8 @@ def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train"
     channels = 3 if any(pixels.ndim == 3 for pixels in deciding) else 1
     loaded = {}
     for split, decoded in images.items():
-        digest = hashlib.sha256()
-        for pixels in decoded:
-            digest.update(repr(pixels.shape).encode() + pixels.tobytes())
         stored = stack_images(decoded, image_size, channels)
-        loaded[split] = Split(stored, labels[split], paths[split], digest.hexdigest())
+        loaded[split] = Split(stored, labels[split], paths[split], images_sha256(decoded, labels[split]))
     return Data(loaded, classes, channels, data_dir)
 
 
@@ -706,6 +695,9 @@ class Images:
         self.mean = 255 * torch.tensor(mean, device=images.device)[:, None, None]
         self.std = 255 * torch.tensor(std, device=images.device)[:, None, None]
         self.drawn_for = None
+
+    def __len__(self):
+        return len(self.images)
 
     def normalised(self, index):
         """Normalize comes first, on the smaller images: resampling is a weighted mean, so the result is the same."""
@@ -806,26 +798,17 @@ def predict(accelerator, model, inputs, n: int, batch_size: int, description=Non
     return torch.cat(outputs).cpu()
 
 
-class Steps:
-    """Learning rate, loss and accuracy of the steps of an epoch, for one classifier or, [H] a step, for several.
+def gather_steps(accelerator, steps: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Learning rates, losses and accuracies of an epoch's steps, [steps, classifiers] each, means over the processes.
 
-    The tensors stay on the device: to read one, each step would have to wait for it.
+    `steps`: for each step its learning rate (or a list, one for each classifier), loss and accuracy (tensors on the
+    device, [] or [classifiers]).
     """
-
-    def __init__(self):
-        self.rates, self.losses, self.accuracies = [], [], []
-
-    def add(self, rate: float | list[float], loss: torch.Tensor, accuracy: torch.Tensor) -> None:
-        self.rates.append(rate)
-        self.losses.append(loss)
-        self.accuracies.append(accuracy)
-
-    def over_processes(self, accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rates, losses and accuracies [steps, H] on the CPU, means over the processes."""
-        rates = torch.tensor(self.rates, dtype=torch.float64).reshape(len(self.rates), -1)
-        values = torch.stack([torch.stack(self.losses), torch.stack(self.accuracies)])
-        losses, accuracies = accelerator.reduce(values, "mean").cpu().reshape(2, len(self.rates), -1)
-        return rates, losses, accuracies
+    rates, losses, accuracies = zip(*steps)
+    rates = torch.tensor(rates, dtype=torch.float64).reshape(len(steps), -1)
+    means = accelerator.reduce(torch.stack([torch.stack(losses), torch.stack(accuracies)]), "mean")
+    losses, accuracies = means.cpu().reshape(2, len(steps), -1)
+    return rates, losses, accuracies
 
 
 # ------------------------------------------------------------------------------------- metrics and schedules
@@ -853,6 +836,11 @@ def scores(log_probs: torch.Tensor, labels: torch.Tensor) -> dict:
         "accuracy": (predictions == labels).double().mean().item(),
         "macro_f1": macro_f1(confusion_matrix(labels, predictions, log_probs.shape[1])),
     }
+
+
+def by_classifier(log_probs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The log-probabilities [N, C] of each classifier, of those of one, [N, C], or of several, [N, H, C]."""
+    return log_probs.reshape(len(log_probs), -1, log_probs.shape[-1]).unbind(1)
 
 
 def merit(line: dict) -> tuple[float, float]:
@@ -883,8 +871,8 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
     It has with every image right and a loss under 0.05 (Karpathy, "A Recipe for Training Neural Networks").
     `log_probs` are [N, C], or [N, H, C] of several classifiers, of which the best counts.
     """
-    each = log_probs.reshape(len(labels), -1, log_probs.shape[-1]).unbind(1)
-    best = min((scores(of_head, labels) for of_head in each), key=lambda result: result["loss"])
+    results = [scores(of_head, labels) for of_head in by_classifier(log_probs)]
+    best = min(results, key=lambda result: result["loss"])
     passed = best["accuracy"] == 1 and best["loss"] < 0.05
     accelerator.print(
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy {best['accuracy']:.1%}, "
@@ -896,7 +884,7 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
 # ------------------------------------------------------------------------------------- what config.json says
 
 # Options that change neither what a run computes nor its name.
-NEUTRAL = {"resume", "name", "sanity_check", "weights", "data_dir"}
+NO_EFFECT = {"resume", "name", "sanity_check", "weights", "data_dir"}
 
 
 def short(value) -> str:
@@ -920,7 +908,7 @@ def run_name(args, given, parser, model: str) -> str:
         value = getattr(args, key)
         if not args.name or len(getattr(given, key)) > 1:
             parts.append(letter + "+".join(map(short, value if isinstance(value, list) else [value])))
-    spelt_out = NEUTRAL | {"epochs", "lr", "schedule", "seed"}
+    spelt_out = NO_EFFECT | {"epochs", "lr", "schedule", "seed"}
     others = {k: v for k, v in vars(args).items() if k not in spelt_out and v != parser.get_default(k)}
     if others and not args.name:
         parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
@@ -964,25 +952,29 @@ def layer_table(model: nn.Module, x: torch.Tensor) -> list[list]:
     return list(table.values())
 
 
-def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, example, heads: list[dict], **more) -> dict:
-    """What config.json says of a run: all that its figures depend on. `example` is an input, `more` of the model."""
+def optimizer_text(optimizer: torch.optim.Optimizer) -> str:
+    """Its name and settings: "AdamW (weight_decay=0.05, betas=(0.9, 0.999), eps=1e-08)"."""
     # The learning rate is an option, set at every step; how a step is computed changes no result.
     passed_over = {"params", "lr", "fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay"}
-    settings = dict.fromkeys(
-        ", ".join(f"{key}={value}" for key, value in group.items() if key not in passed_over and value)
-        for group in optimizer.param_groups
-    )
+    groups = []
+    for group in optimizer.param_groups:
+        settings = [f"{key}={value}" for key, value in group.items() if value and key not in passed_over]
+        groups.append(", ".join(settings))
+    return f"{type(optimizer).__name__} ({'; '.join(dict.fromkeys(groups))})"
+
+
+def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, example, heads: list[dict]) -> dict:
+    """What config.json says of a run: all that its figures depend on. `example` is an input of the model."""
     source = getattr(sys.modules[type(model).__module__], "__file__", None)  # a notebook's cell has none
-    described = {
-        "architecture": repr(model),
-        "layers": layer_table(model, example),
-        "optimizer": f"{type(optimizer).__name__} ({'; '.join(settings)})",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "backbone": None,
-    }
     return {
-        "model": described | more,
+        "model": {
+            "architecture": repr(model),
+            "layers": layer_table(model, example),
+            "optimizer": optimizer_text(optimizer),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "backbone": None,
+        },
         "heads": heads,
         "options": vars(args) | {"mixed_precision": accelerator.mixed_precision},
         "data": data.description,
@@ -990,331 +982,6 @@ def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, exam
         "script": file_sha256(source) if source else None,
         "feature_seconds": 0.0,
     }
-
-
-# --------------------------------------------------------------------------------------------- run folders
-
-
-class Run:
-    """A run folder runs/<name>/: its checkpoint, TensorBoard's events, and the files made from the checkpoint.
-
-        with Run(accelerator, name, config, data, args.resume) as run:
-            run.restore(model=model, optimizer=optimizer)
-            for epoch in run.epochs(args.epochs):
-                ...
-                run.end_epoch(steps, log_probs)
-            run.finish(predict)
-
-    checkpoint.pt is the only truth: config.json says what it is of, and metrics.jsonl and model.safetensors are
-    written from it. Only the main process reads and writes; the others are sent what they need. `prefixes`: how
-    the parameters of each classifier in config["heads"] begin; one classifier has them all.
-    """
-
-    def __init__(self, accelerator, name: str, config: dict, data: Data, resume=False, prefixes=("",)):
-        self.accelerator, self.config, self.data, self.prefixes = accelerator, config, data, prefixes
-        self.path = RUNS_DIR / name
-        self.heads = [head["name"] for head in config["heads"]]
-        self.lock = None
-        self.checkpoint, self.complete = on_main_process(accelerator, lambda: self.open(resume))
-        self.epoch = self.checkpoint["epoch"] if self.checkpoint else 0
-        self.history = self.checkpoint["history"] if self.checkpoint else []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if "writer" in self.__dict__:
-            with contextlib.suppress(OSError):  # all was flushed; a full disk has been told
-                self.writer.close()
-        if self.lock:
-            self.lock.release()
-        if kind is KeyboardInterrupt:
-            start = ["python"]
-            if self.accelerator.num_processes > 1:
-                start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-            again = shlex.join([*start, *(arg for arg in sys.argv if arg != "--resume"), "--resume"])
-            raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
-
-    def open(self, resume: bool) -> tuple[dict | None, bool]:
-        """Make the folder or take it over: its checkpoint, or None, and whether the run is complete.
-
-        Raises UserError when it is there without `resume`, of something else, damaged, or trained just now.
-        """
-        from filelock import FileLock, Timeout
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()  # the system lets go of it when the process is killed
-        except Timeout:
-            raise UserError(f"{self.path}: exists, and is being trained: wait for it, or give --name") from None
-        except NotImplementedError:  # a disk without locks
-            pass
-        self.lock = lock
-        check_free([self.path.name], resume)
-        checkpoint = self.read_checkpoint()
-        if checkpoint:
-            self.check_same(read_json(self.path / "config.json"))
-        elif resume:
-            print(f"{self.path}: no run to resume: starting it")
-        complete = bool(checkpoint) and (self.path / "predictions.safetensors").exists()
-        if not complete:
-            self.clean(checkpoint)
-        if not checkpoint:
-            atomic_write(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
-        return checkpoint, complete
-
-    def read_checkpoint(self) -> dict | None:
-        file = self.path / "checkpoint.pt"
-        if not file.exists():
-            return None
-        data = file.read_bytes()
-        try:
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
-        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            if of_machine(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
-                raise
-            why = str(error).split("\n")[0][:100]
-            raise UserError(f"{file}: damaged ({why}): remove its run folder to start again") from None
-
-    def check_same(self, old: dict) -> None:
-        """Raise UserError unless the folder's config.json describes what this process is about to train."""
-        ours, theirs = self.config, {"model": {}, "options": {}, "data": {}} | old
-        other = [k for k, v in ours["options"].items() if k not in NEUTRAL and theirs["options"].get(k) != v]
-        other += ["the images"] * (theirs["data"].get("sha256") != ours["data"]["sha256"])
-        other += [k for k in ("backbone", "mean", "std") if theirs["model"].get(k) != ours["model"][k]]
-        if other:
-            raise UserError(f"{self.path}: was made with another setting ({', '.join(other)}): give another --name")
-        for key, what in (("architecture", "model"), ("optimizer", "optimiser")):
-            if theirs["model"].get(key) != ours["model"][key]:
-                raise UserError(
-                    f"{self.path}: its checkpoint is of another {what} than the script's: "
-                    "give the changed one a --name, or undo the change"
-                )
-        if theirs.get("script") != ours["script"]:
-            print(f"{self.path}: the script has changed since this run was started; going on with its checkpoint")
-
-    def clean(self, checkpoint: dict | None) -> None:
-        """Remove what a killed process left of our own files, and TensorBoard's events after the checkpoint."""
-        for name in ("config.json", "metrics.jsonl", "model.safetensors", "predictions.safetensors", "checkpoint.pt"):
-            left = list(self.path.glob(f".{name}.*.tmp")) + ([] if checkpoint else [self.path / name])
-            for file in left:
-                file.unlink(missing_ok=True)
-        sizes = checkpoint["events"] if checkpoint else {}
-        for name, size in self.event_sizes().items():
-            if name not in sizes:
-                (self.path / name).unlink()
-            elif size > sizes[name]:
-                os.truncate(self.path / name, sizes[name])
-
-    def event_sizes(self) -> dict[str, int]:
-        """TensorBoard's files of this run and of its classifiers, and their sizes in bytes."""
-        folders = [self.path, *(self.path / head for head in self.heads)]
-        files = [file for folder in folders for file in folder.glob("events.out.tfevents*")]
-        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
-
-    def restore(self, **objects) -> None:
-        """Keep `objects`, which have a state_dict() (at least `model` and `optimizer`), in the checkpoint.
-
-        Loads their states where there is a checkpoint. Raises UserError when they do not fit.
-        """
-        self.model = self.accelerator.unwrap_model(objects["model"], keep_torch_compile=False)
-        self.objects = objects | {"model": self.model}
-        if self.accelerator.scaler:
-            self.objects["scaler"] = self.accelerator.scaler
-        self.best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
-        if not self.checkpoint:
-            return
-        states, self.best = self.checkpoint["states"], self.checkpoint["best"]
-        try:
-            for name, value in self.objects.items():
-                value.load_state_dict(states[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            why = str(error).split("\n")[0][:100]
-            raise UserError(f"{self.path}: its checkpoint does not fit this script ({why}): give --name") from None
-        on_main_process(self.accelerator, self.write_files)  # a kill may have come between the checkpoint and these
-
-    def epochs(self, total: int):
-        """Yield the numbers, from 0, of the epochs that are still to be trained."""
-        from accelerate.utils import set_seed
-
-        for epoch in range(self.epoch, total):
-            # What draws random numbers in training (dropout, say) begins each epoch anew, so it can be resumed.
-            key = (self.config["options"]["seed"], "epoch", epoch, self.accelerator.process_index)
-            set_seed(key_seed(*key) % 2**32)
-            self.started = time.perf_counter()
-            yield epoch
-
-    def end_epoch(self, steps: Steps, log_probs: torch.Tensor) -> None:
-        """Measure, log and save an epoch; keep each classifier's weights where they are its best by validation.
-
-        `log_probs`: of the validation images, float32 [N, C], or [N, H, C] of several classifiers. TensorBoard
-        comes first, then the checkpoint, then the files made from it. Raises UserError for a loss that is not
-        finite.
-        """
-        self.epoch += 1
-        rates, losses, accuracies = steps.over_processes(self.accelerator)
-        labels = self.data.splits["val"].labels
-        seconds = round(time.perf_counter() - self.started, 3)
-        new = []
-        for h, head in enumerate(self.heads):
-            of_head = log_probs.reshape(len(labels), -1, log_probs.shape[-1])[:, h]
-            val = scores(of_head, labels)
-            self.check_finite(losses[:, h], rates[:, h], val["loss"], head)
-            line = {"epoch": self.epoch, "step": self.epoch * len(losses), "head": head, "lr": rates[-1, h].item()}
-            line |= {"train_loss": losses[:, h].mean().item(), "train_accuracy": accuracies[:, h].mean().item()}
-            line |= {f"val_{key}": value for key, value in val.items()}
-            best = max((merit(old) for old in self.history if old["head"] == head), default=(-1.0, 0.0))
-            if merit(line) > best:
-                for key, value in self.model.state_dict().items():
-                    if key.startswith(self.prefixes[h]):
-                        self.best[key] = value.detach().cpu().clone()
-            new.append(line | {"seconds": seconds})
-        self.history = self.history + new
-
-        def record():
-            self.log_epoch(new, rates, losses)
-            self.save()
-            self.print_epoch(new)
-
-        on_main_process(self.accelerator, record)
-
-    def check_finite(self, losses: torch.Tensor, rates: torch.Tensor, val_loss: float, head: str) -> None:
-        kept = f"; the checkpoint of epoch {self.epoch - 1} is kept" if self.epoch > 1 else ""
-        where = f"{self.path}: the loss of {head} is no longer a number"
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0])
-            rate = f"at step {step + 1} of epoch {self.epoch}, with learning rate {rates[step].item():g}"
-            raise UserError(f"{where} {rate}: give a smaller --lr{kept}")
-        if not math.isfinite(val_loss):
-            raise UserError(f"{where} in validation after epoch {self.epoch}: give a smaller --lr{kept}")
-
-    def save(self) -> None:
-        """Write checkpoint.pt, and the files that are made from it."""
-        self.writer.flush()
-        checkpoint = {
-            "epoch": self.epoch,
-            "history": self.history,
-            "best": self.best,
-            "states": {name: value.state_dict() for name, value in self.objects.items()},
-            # Events behind these sizes are cut off when the run is resumed, as their epoch is logged again.
-            "events": self.event_sizes(),
-        }
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        atomic_write(self.path / "checkpoint.pt", buffer.getvalue())
-        self.write_files()
-
-    def write_files(self) -> None:
-        save_tensors(self.path / "model.safetensors", self.best, {})
-        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-
-    def print_epoch(self, new: list[dict]) -> None:
-        top = max(new, key=merit)
-        which = f"  (best of {len(new)}: {top['head']})" if len(new) > 1 else ""
-        print(
-            f"epoch {self.epoch}/{self.config['options']['epochs']}  train loss {top['train_loss']:.4f} accuracy "
-            f"{top['train_accuracy']:.2%}  val loss {top['val_loss']:.4f} accuracy {top['val_accuracy']:.2%} "
-            f"macro-F1 {top['val_macro_f1']:.4f}  {top['seconds']:.2f} s{which}",
-            flush=True,
-        )
-
-    def finish(self, predict_split) -> None:
-        """Write predictions.safetensors: log-probabilities and labels of val and test by the best weights.
-
-        `predict_split(name)` gives those of a split's images by the model, as in `end_epoch`.
-        """
-        if self.complete:
-            self.accelerator.print(f"{self.path}: already complete")
-            return
-        self.model.load_state_dict(self.best)
-        tensors = {}
-        for name in [name for name in self.data.splits if name != "train"]:
-            labels = self.data.splits[name].labels
-            log_probs = predict_split(name).float()
-            tensors[f"{name}.log_probs"] = log_probs.reshape(len(labels), -1, log_probs.shape[-1]).transpose(0, 1)
-            tensors[f"{name}.labels"] = labels
-
-        def record():
-            try:
-                self.log_end(tensors["val.log_probs"])
-            finally:  # a picture never costs a result
-                save_tensors(self.path / "predictions.safetensors", tensors, {"heads": self.heads})
-            self.print_end()
-
-        on_main_process(self.accelerator, record)
-
-    def print_end(self) -> None:
-        top = max(self.history, key=merit)
-        which = f" of {top['head']}" if len(self.heads) > 1 else ""
-        seconds = sum(line["seconds"] for line in self.history if line["head"] == self.heads[0])
-        print(
-            f"best epoch {top['epoch']}{which}: validation accuracy {top['val_accuracy']:.2%}, "
-            f"macro-F1 {top['val_macro_f1']:.4f}; {seconds:.1f} s\n"
-            f"run folder {self.path}; compare all runs with: python evaluate.py"
-        )
-
-    @functools.cached_property
-    def writer(self):
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.path))
-
-    def tag(self, name: str, head: str) -> str:
-        return f"{name}/{head}" if len(self.heads) > 1 else name
-
-    def show_images(self, images: Images, count: int = 8) -> None:
-        """TensorBoard: the first training images of each class as they are augmented in the first epoch."""
-        if self.checkpoint or not self.accelerator.is_main_process:
-            return
-        labels = self.data.splits["train"].labels
-        for label, name in enumerate(self.data.classes[:100]):
-            index = (labels == label).nonzero()[:count, 0].to(images.images.device)
-            x = images.augmented(index, 0) * images.std + images.mean
-            self.writer.add_images(f"training images/{name}", (x / 255).clamp(0, 1).cpu(), 0)
-
-    def log_epoch(self, new: list[dict], rates: torch.Tensor, losses: torch.Tensor) -> None:
-        """TensorBoard: the epoch's scalars, about fifty of its steps, histograms of weights and gradients."""
-        count = len(losses)
-        for h, line in enumerate(new):
-            for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_macro_f1"):
-                split, name = key.split("_", 1)
-                self.writer.add_scalar(self.tag(f"{name}/{split}", line["head"]), line[key], self.epoch)
-            for i in range(0, count, math.ceil(count / 50)):
-                step = (self.epoch - 1) * count + i + 1
-                self.writer.add_scalar(self.tag("by step/loss", line["head"]), losses[i, h].item(), step)
-                self.writer.add_scalar(self.tag("by step/learning rate", line["head"]), rates[i, h].item(), step)
-        for name, parameter in self.model.named_parameters():
-            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
-                if values is not None and values.isfinite().all():
-                    self.writer.add_histogram(f"{kind}/{name}", values.float().cpu().numpy(), self.epoch)
-
-    def log_end(self, log_probs: torch.Tensor) -> None:
-        """TensorBoard: a row of hyperparameters for each classifier, and the best one's confusion matrix."""
-        from PIL import Image
-
-        labels, options = self.data.splits["val"].labels, self.config["options"]
-        results = [scores(of_head, labels) for of_head in log_probs]
-        named = {"lr", "schedule", "features", "seed", "epochs", "batch_size"}
-        others = {k: v for k, v in options.items() if k not in NEUTRAL | named | {"deterministic"}}
-        for head, result in zip(self.config["heads"], results):
-            # TensorBoard shows them in alphabetical order.
-            row = {"learning rate": head["lr"], "schedule": head["schedule"], "features": head["features"] or "pixels"}
-            row |= {"seed": options["seed"], "epochs": options["epochs"], "batch size": options["batch_size"]}
-            row |= {"setting/model": head["model"]} | {f"setting/{key}": value for key, value in others.items()}
-            metrics = {"final/accuracy": result["accuracy"], "final/macro_f1": result["macro_f1"]}
-            self.writer.add_hparams(row, metrics, run_name=head["name"] if len(results) > 1 else ".")
-        best = max(range(len(results)), key=lambda h: results[h]["accuracy"])
-        counts = confusion_matrix(labels, log_probs[best].argmax(1), len(self.data.classes))
-        name, epochs = self.config["heads"][best]["model"], options["epochs"]
-        title = f"{name}, {epochs} epoch{'s' * (epochs > 1)}, validation"
-        with drawing(title, *self.data.classes):
-            figure = new_figure(6.5, 6)
-            draw_confusion(figure.subplots(), counts, self.data.classes, title)
-            picture = np.array(Image.open(io.BytesIO(png(figure))).convert("RGB"))
-        self.writer.add_image("confusion matrix", picture, epochs, dataformats="HWC")
-        self.writer.flush()
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -1379,6 +1046,384 @@ def draw_confusion(axes, counts: torch.Tensor, classes: list[str], title: str) -
         for i, j in itertools.product(range(len(classes)), repeat=2):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, int(counts[i, j]), ha="center", va="center", color=colour, fontsize=9)
+
+
+# ---------------------------------------------------------------------------------------------- TensorBoard
+
+
+class TensorBoard:
+    """TensorBoard's events of a run folder `path`. `heads`: its classifiers, as config.json lists them."""
+
+    def __init__(self, path: Path, heads: list[dict]):
+        self.path, self.heads = path, heads
+
+    @functools.cached_property
+    def writer(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.path))
+
+    def close(self) -> None:
+        if "writer" in self.__dict__:
+            with contextlib.suppress(OSError):  # all was flushed; a full disk has been reported
+                self.writer.close()
+
+    def sizes(self) -> dict[str, int]:
+        """The files of this run and, for HParams, of its classifiers, and their sizes in bytes."""
+        sizes = {}
+        for folder in [self.path, *(self.path / head["name"] for head in self.heads)]:
+            for file in folder.glob("events.out.tfevents*"):
+                sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return sizes
+
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """Remove what was written after the files had these sizes."""
+        for name, size in self.sizes().items():
+            if name not in sizes:
+                (self.path / name).unlink()
+            elif size > sizes[name]:
+                os.truncate(self.path / name, sizes[name])
+
+    def tag(self, name: str, head: dict) -> str:
+        return f"{name}/{head['name']}" if len(self.heads) > 1 else name
+
+    def log_images(self, images: "Images", split: "Split", classes: list[str], count: int = 8) -> None:
+        """The first training images of each class as they are augmented in the first epoch."""
+        for label, name in enumerate(classes[:100]):
+            index = (split.labels == label).nonzero()[:count, 0].to(images.images.device)
+            x = images.augmented(index, 0) * images.std + images.mean
+            self.writer.add_images(f"training images/{name}", (x / 255).clamp(0, 1).cpu(), 0)
+
+    def log_epoch(self, lines: list[dict], rates: torch.Tensor, losses: torch.Tensor) -> None:
+        """An epoch's scalars, and the learning rate and loss of about fifty of its steps."""
+        count, epoch = len(losses), lines[0]["epoch"]
+        for h, (line, head) in enumerate(zip(lines, self.heads)):
+            for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_macro_f1"):
+                split, name = key.split("_", 1)
+                self.writer.add_scalar(self.tag(f"{name}/{split}", head), line[key], epoch)
+            for i in range(0, count, math.ceil(count / 50)):
+                step = (epoch - 1) * count + i + 1
+                self.writer.add_scalar(self.tag("by step/loss", head), losses[i, h].item(), step)
+                self.writer.add_scalar(self.tag("by step/learning rate", head), rates[i, h].item(), step)
+
+    def log_histograms(self, model: nn.Module, epoch: int) -> None:
+        """Histograms of the weights, and of the gradients of the epoch's last step."""
+        for name, parameter in model.named_parameters():
+            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+                if values is not None and values.isfinite().all():
+                    self.writer.add_histogram(f"{kind}/{name}", values.float().cpu().numpy(), epoch)
+
+    def log_hparams(self, options: dict, results: list[dict]) -> None:
+        """HParams: a row for each classifier, with its final `scores` of validation."""
+        passed_over = NO_EFFECT | {"lr", "schedule", "features", "seed", "epochs", "batch_size", "deterministic"}
+        for head, result in zip(self.heads, results):
+            row = {  # TensorBoard shows them in alphabetical order
+                "batch size": options["batch_size"],
+                "epochs": options["epochs"],
+                "features": head["features"] or "pixels",
+                "learning rate": head["lr"],
+                "schedule": head["schedule"],
+                "seed": options["seed"],
+                "setting/model": head["model"],
+            }
+            for key, value in options.items():
+                if key not in passed_over:
+                    row[f"setting/{key}"] = value
+            metrics = {"final/accuracy": result["accuracy"], "final/macro_f1": result["macro_f1"]}
+            self.writer.add_hparams(row, metrics, run_name=head["name"] if len(self.heads) > 1 else ".")
+
+    def log_confusion(self, counts: torch.Tensor, classes: list[str], title: str, epoch: int) -> None:
+        """A confusion matrix, int64 [C, C], as a picture."""
+        from PIL import Image
+
+        with drawing(title, *classes):
+            figure = new_figure(6.5, 6)
+            draw_confusion(figure.subplots(), counts, classes, title)
+            picture = np.array(Image.open(io.BytesIO(png(figure))).convert("RGB"))
+        self.writer.add_image("confusion matrix", picture, epoch, dataformats="HWC")
+
+
+# --------------------------------------------------------------------------------------------- run folders
+
+
+class Run:
+    """A run folder runs/<name>/: its checkpoint, TensorBoard's events, and the files made from the checkpoint.
+
+        with Run(accelerator, name, config, data, args.resume) as run:
+            run.restore(model=model, optimizer=optimizer)
+            for epoch in run.epochs(args.epochs):
+                ...
+                run.end_epoch(steps, log_probs)
+            run.finish(predict)
+
+    checkpoint.pt is the only truth: config.json says what it is of, and metrics.jsonl and model.safetensors are
+    written from it. Only the main process reads and writes; the others are sent what they need. `prefixes`: how
+    the parameters of each classifier in config["heads"] begin; one classifier has them all.
+    """
+
+    def __init__(self, accelerator, name: str, config: dict, data: Data, resume=False, prefixes=("",)):
+        self.accelerator, self.config, self.data, self.prefixes = accelerator, config, data, prefixes
+        self.path = RUNS_DIR / name
+        self.heads = [head["name"] for head in config["heads"]]
+        self.board = TensorBoard(self.path, config["heads"])
+        self.lock = None
+        self.checkpoint, self.complete = on_main_process(accelerator, lambda: self.open(resume))
+        self.epoch, self.history = 0, []
+        if self.checkpoint:
+            self.epoch, self.history = self.checkpoint["epoch"], self.checkpoint["history"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.board.close()
+        if self.lock:
+            self.lock.release()
+        if kind is KeyboardInterrupt:
+            start = ["python"]
+            if self.accelerator.num_processes > 1:
+                start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+            again = [*start, *(arg for arg in sys.argv if arg != "--resume"), "--resume"]
+            raise KeyboardInterrupt(f"stopped; to go on: {shlex.join(again)}") from None
+
+    def open(self, resume: bool) -> tuple[dict | None, bool]:
+        """Make the folder or take it over: its checkpoint, or None, and whether the run is complete.
+
+        Raises UserError when it is there without `resume`, of something else, damaged, or trained just now.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()  # the system lets go of it when the process is killed
+        except Timeout:
+            raise UserError(f"{self.path}: exists, and is being trained: wait for it, or give --name") from None
+        except NotImplementedError:  # a disk without locks
+            pass
+        self.lock = lock
+        check_free([self.path.name], resume)
+        checkpoint = self.read_checkpoint()
+        if checkpoint:
+            self.check_same(read_json(self.path / "config.json"))
+            if (self.path / "predictions.safetensors").exists():
+                return checkpoint, True
+        elif resume:
+            print(f"{self.path}: no run to resume: starting it")
+        self.clean(checkpoint)
+        if not checkpoint:
+            atomic_write(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        return checkpoint, False
+
+    def read_checkpoint(self) -> dict | None:
+        file = self.path / "checkpoint.pt"
+        if not file.exists():
+            return None
+        data = file.read_bytes()
+        try:
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
+        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
+            if of_machine(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
+                raise
+            raise UserError(f"{file}: damaged ({first_line(error)}): remove its run folder to start again") from None
+
+    def check_same(self, old: dict) -> None:
+        """Raise UserError unless the folder's config.json describes what this process is about to train."""
+        ours, theirs = self.config, {"model": {}, "options": {}, "data": {}} | old
+        other = [k for k, v in ours["options"].items() if k not in NO_EFFECT and theirs["options"].get(k) != v]
+        if theirs["data"].get("sha256") != ours["data"]["sha256"]:
+            other.append("the images")
+        other += [k for k in ("backbone", "mean", "std") if theirs["model"].get(k) != ours["model"][k]]
+        if other:
+            raise UserError(f"{self.path}: was made with another setting ({', '.join(other)}): give another --name")
+        for key, what in (("architecture", "model"), ("optimizer", "optimiser")):
+            if theirs["model"].get(key) != ours["model"][key]:
+                raise UserError(
+                    f"{self.path}: its checkpoint is of another {what} than the script's: "
+                    "give the changed one a --name, or undo the change"
+                )
+        if theirs.get("script") != ours["script"]:
+            print(f"{self.path}: the script has changed since this run was started; going on with its checkpoint")
+
+    def clean(self, checkpoint: dict | None) -> None:
+        """Remove what a killed process left of our own files, and TensorBoard's events after the checkpoint."""
+        for name in ("config.json", "metrics.jsonl", "model.safetensors", "predictions.safetensors", "checkpoint.pt"):
+            for temporary in self.path.glob(f".{name}.*.tmp"):
+                temporary.unlink(missing_ok=True)
+            if not checkpoint:
+                (self.path / name).unlink(missing_ok=True)
+        self.board.cut_back(checkpoint["events"] if checkpoint else {})
+
+    def restore(self, **objects) -> None:
+        """Keep `objects`, which have a state_dict() (at least `model` and `optimizer`), in the checkpoint.
+
+        Loads their states where there is a checkpoint. Raises UserError when they do not fit.
+        """
+        self.model = self.accelerator.unwrap_model(objects["model"], keep_torch_compile=False)
+        self.objects = objects | {"model": self.model}
+        if self.accelerator.scaler:
+            self.objects["scaler"] = self.accelerator.scaler
+        self.best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        if not self.checkpoint:
+            return
+        self.best = self.checkpoint["best"]
+        try:
+            for name, value in self.objects.items():
+                value.load_state_dict(self.checkpoint["states"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            why = first_line(error)
+            raise UserError(f"{self.path}: its checkpoint does not fit this script ({why}): give --name") from None
+        on_main_process(self.accelerator, self.write_files)  # a kill may have come between the checkpoint and these
+
+    def show_images(self, images: Images) -> None:
+        """TensorBoard: some training images of each class, once a run."""
+        if not self.checkpoint and self.accelerator.is_main_process:
+            self.board.log_images(images, self.data.splits["train"], self.data.classes)
+
+    def epochs(self, total: int):
+        """Yield the numbers, from 0, of the epochs that are still to be trained."""
+        from accelerate.utils import set_seed
+
+        for epoch in range(self.epoch, total):
+            # What draws random numbers in training (dropout, say) begins each epoch anew, so it can be resumed.
+            key = (self.config["options"]["seed"], "epoch", epoch, self.accelerator.process_index)
+            set_seed(key_seed(*key) % 2**32)
+            self.started = time.perf_counter()
+            yield epoch
+
+    def end_epoch(self, steps: list[tuple], log_probs: torch.Tensor) -> None:
+        """Measure, log and save an epoch; keep each classifier's weights where they are its best by validation.
+
+        `steps`: as `gather_steps` takes them. `log_probs`: of the validation images, float32 [N, C], or [N, H, C]
+        of several classifiers. TensorBoard comes first, then the checkpoint, then the files made from it. Raises
+        UserError for a loss that is not finite.
+        """
+        self.epoch += 1
+        rates, losses, accuracies = gather_steps(self.accelerator, steps)
+        labels = self.data.splits["val"].labels
+        seconds = round(time.perf_counter() - self.started, 3)
+        lines = []
+        for h, (head, of_head) in enumerate(zip(self.heads, by_classifier(log_probs))):
+            val = scores(of_head, labels)
+            self.check_finite(losses[:, h], rates[:, h], val["loss"], head)
+            line = {
+                "epoch": self.epoch,
+                "step": self.epoch * len(losses),
+                "head": head,
+                "lr": rates[-1, h].item(),
+                "train_loss": losses[:, h].mean().item(),
+                "train_accuracy": accuracies[:, h].mean().item(),
+                "val_loss": val["loss"],
+                "val_accuracy": val["accuracy"],
+                "val_macro_f1": val["macro_f1"],
+                "seconds": seconds,
+            }
+            earlier = [merit(old) for old in self.history if old["head"] == head]
+            if not earlier or merit(line) > max(earlier):
+                self.keep_best(self.prefixes[h])
+            lines.append(line)
+        self.history = self.history + lines
+
+        def record():
+            self.board.log_epoch(lines, rates, losses)
+            self.board.log_histograms(self.model, self.epoch)
+            self.save()
+            self.print_epoch(lines)
+
+        on_main_process(self.accelerator, record)
+
+    def keep_best(self, prefix: str) -> None:
+        """Keep the weights of the classifier whose names begin with `prefix`, as they are now."""
+        for key, value in self.model.state_dict().items():
+            if key.startswith(prefix):
+                self.best[key] = value.detach().cpu().clone()
+
+    def check_finite(self, losses: torch.Tensor, rates: torch.Tensor, val_loss: float, head: str) -> None:
+        where = f"in validation after epoch {self.epoch}"
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0])
+            where = f"at step {step + 1} of epoch {self.epoch}, with learning rate {rates[step].item():g}"
+        elif math.isfinite(val_loss):
+            return
+        kept = f"; the checkpoint of epoch {self.epoch - 1} is kept" if self.epoch > 1 else ""
+        raise UserError(f"{self.path}: the loss of {head} is no longer a number {where}: give a smaller --lr{kept}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt, and the files that are made from it."""
+        self.board.writer.flush()
+        checkpoint = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "best": self.best,
+            "states": {name: value.state_dict() for name, value in self.objects.items()},
+            # Events behind these sizes are cut off when the run is resumed, as their epoch is logged again.
+            "events": self.board.sizes(),
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        atomic_write(self.path / "checkpoint.pt", buffer.getvalue())
+        self.write_files()
+
+    def write_files(self) -> None:
+        save_tensors(self.path / "model.safetensors", self.best, {})
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def print_epoch(self, lines: list[dict]) -> None:
+        top = max(lines, key=merit)
+        which = f"  (best of {len(lines)}: {top['head']})" if len(lines) > 1 else ""
+        print(
+            f"epoch {self.epoch}/{self.config['options']['epochs']}  train loss {top['train_loss']:.4f} accuracy "
+            f"{top['train_accuracy']:.2%}  val loss {top['val_loss']:.4f} accuracy {top['val_accuracy']:.2%} "
+            f"macro-F1 {top['val_macro_f1']:.4f}  {top['seconds']:.2f} s{which}",
+            flush=True,
+        )
+
+    def finish(self, predict_split) -> None:
+        """Write predictions.safetensors: log-probabilities and labels of val and test by the best weights.
+
+        `predict_split(name)` gives those of a split's images by the model, as in `end_epoch`.
+        """
+        if self.complete:
+            self.accelerator.print(f"{self.path}: already complete")
+            return
+        self.model.load_state_dict(self.best)
+        tensors = {}
+        for name in self.data.splits:
+            if name != "train":
+                tensors[f"{name}.log_probs"] = torch.stack(by_classifier(predict_split(name).float()))
+                tensors[f"{name}.labels"] = self.data.splits[name].labels
+
+        def record():
+            try:
+                self.log_end(tensors["val.log_probs"])
+            finally:  # a picture never costs a result
+                save_tensors(self.path / "predictions.safetensors", tensors, {"heads": self.heads})
+            self.print_end()
+
+        on_main_process(self.accelerator, record)
+
+    def log_end(self, log_probs: torch.Tensor) -> None:
+        """TensorBoard: hyperparameters with the final scores, and the best classifier's confusion matrix."""
+        labels, options = self.data.splits["val"].labels, self.config["options"]
+        results = [scores(of_head, labels) for of_head in log_probs]
+        self.board.log_hparams(options, results)
+        best = max(range(len(results)), key=lambda h: results[h]["accuracy"])
+        counts = confusion_matrix(labels, log_probs[best].argmax(1), len(self.data.classes))
+        epochs = options["epochs"]
+        title = f"{self.config['heads'][best]['model']}, {epochs} epoch{'s' * (epochs > 1)}, validation"
+        self.board.log_confusion(counts, self.data.classes, title, epochs)
+        self.board.writer.flush()
+
+    def print_end(self) -> None:
+        top = max(self.history, key=merit)
+        which = f" of {top['head']}" if len(self.heads) > 1 else ""
+        seconds = sum(line["seconds"] for line in self.history if line["head"] == self.heads[0])
+        print(
+            f"best epoch {top['epoch']}{which}: validation accuracy {top['val_accuracy']:.2%}, "
+            f"macro-F1 {top['val_macro_f1']:.4f}; {seconds:.1f} s\n"
+            f"run folder {self.path}; compare all runs with: python evaluate.py"
+        )
 
 
 # -------------------------------------------------------------------------------------- using a trained model

@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -38,7 +38,7 @@ from common import UserError
 MODELS, FEW, LENGTHS = 12, 4, 3
 # Options that leave a model what it is: in these it is trained in several ways, and those change nothing.
 SETTING = {"epochs", "lr", "schedule", "seed"}
-NEUTRAL = {"name", "resume", "data_dir", "deterministic", "features", "weights", "sanity_check"}
+NOT_THE_MODEL = {"name", "resume", "data_dir", "deterministic", "features", "weights", "sanity_check"}
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"]
 COLORS += ["#8c564b", "#e377c2", "#000000", "#bcbd22", "#7f7f7f", "#00d084"]
@@ -148,8 +148,13 @@ class Classifier:
     @functools.cached_property
     def options(self) -> dict:
         """The options that make another model of it."""
-        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NEUTRAL}
+        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NOT_THE_MODEL}
         return options | {"training_images": self.config["data"]["counts"]["train"]}
+
+    @property
+    def images(self) -> str:
+        """Hash of the images that it predicts."""
+        return self.config["data"]["sha256"][self.split]
 
     @functools.cached_property
     def identity(self) -> str:
@@ -169,33 +174,58 @@ def read_run(path: Path) -> list[Classifier]:
     config = common.read_json(path / "config.json")
     if not {"model", "heads", "options", "data", "environment", "feature_seconds"} <= config.keys():
         raise UserError("config.json: not of these scripts, or of an older version: train it again")
-    epochs, classes = config["options"]["epochs"], config["data"]["classes"]
+    if not config["heads"]:
+        raise UserError("config.json: names no classifier: restore or remove it")
+    epochs = config["options"]["epochs"]
     if not (path / "predictions.safetensors").exists():
         raise UserError(f"unfinished: start its training of {epochs} epochs again with --resume")
-    tensors = common.load_tensors(path / "predictions.safetensors")[0]
     lines = common.read_metrics(path / "metrics.jsonl")
+    predictions = read_predictions(path, config)
+
     classifiers = []
     for h, head in enumerate(config["heads"]):
         curve = [line for line in lines if line.get("head") == head["name"]]
         if [line["epoch"] for line in curve] != list(range(1, epochs + 1)):
             raise UserError(f"metrics.jsonl: not a line for each of {epochs} epochs: copy or train the run again")
-        best = max(curve, key=common.merit)
-        row = {"run": path.as_posix(), "model": head["model"], "epochs": epochs, "lr": head["lr"]}
-        row |= {"schedule": head["schedule"], "seed": config["options"]["seed"], "features": head["features"]}
-        row |= {key: head.get(key, config["model"][key]) for key in ("parameters", "trainable")}
-        row["seconds"] = config["feature_seconds"] + sum(line["seconds"] for line in curve)
-        row |= {"best_epoch": best["epoch"], "train_accuracy": best["train_accuracy"]}
-        for split in ["val", "test"] if "test.labels" in tensors else ["val"]:  # the last one is reported
-            nothing = torch.empty(0)
-            labels, log_probs = (tensors.get(f"{split}.{key}", nothing) for key in ("labels", "log_probs"))
-            if log_probs.shape != (len(config["heads"]), len(labels), len(classes)):
-                raise UserError("predictions.safetensors: does not fit config.json: copy or train the run again")
-            row |= {f"{split}_{key}": value for key, value in common.scores(log_probs[h], labels).items()}
-        confidences, predictions = log_probs[h].exp().max(1)
-        classifiers.append(Classifier(config, head, curve, split, labels, predictions, confidences, row))
-    if not classifiers:
-        raise UserError("config.json: names no classifier: restore or remove it")
+        row = {"run": path.as_posix()} | describe(config, head, curve)
+        for split, (log_probs, labels) in predictions.items():  # the last one is reported
+            for key, value in common.scores(log_probs[h], labels).items():
+                row[f"{split}_{key}"] = value
+        confidences, predicted = log_probs[h].exp().max(1)
+        classifiers.append(Classifier(config, head, curve, split, labels, predicted, confidences, row))
     return classifiers
+
+
+def read_predictions(path: Path, config: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probabilities [heads, N, classes] and labels [N] of "val" and, if there is one, "test"."""
+    tensors = common.load_tensors(path / "predictions.safetensors")[0]
+    predictions = {}
+    for split in ["val", "test"] if "test.labels" in tensors else ["val"]:
+        labels = tensors.get(f"{split}.labels", torch.empty(0))
+        log_probs = tensors.get(f"{split}.log_probs", torch.empty(0))
+        if log_probs.shape != (len(config["heads"]), len(labels), len(config["data"]["classes"])):
+            raise UserError("predictions.safetensors: does not fit config.json: copy or train the run again")
+        predictions[split] = log_probs, labels
+    return predictions
+
+
+def describe(config: dict, head: dict, curve: list[dict]) -> dict:
+    """The columns of runs.csv that do not come from predictions."""
+    best = max(curve, key=common.merit)
+    return {
+        "model": head["model"],
+        "epochs": config["options"]["epochs"],
+        "lr": head["lr"],
+        "schedule": head["schedule"],
+        "seed": config["options"]["seed"],
+        "features": head["features"],
+        # A probe's heads have their own.
+        "parameters": head.get("parameters", config["model"]["parameters"]),
+        "trainable": head.get("trainable", config["model"]["trainable"]),
+        "seconds": config["feature_seconds"] + sum(line["seconds"] for line in curve),
+        "best_epoch": best["epoch"],
+        "train_accuracy": best["train_accuracy"],
+    }
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Classifier], dict[Path, str]]:
@@ -268,7 +298,14 @@ class Setting:
         epochs = zip(*(c.curve for c in self.seeds.values()))
         return [[line[key] * (100 if "accuracy" in key else 1) for line in lines] for lines in epochs]
 
+    @property
+    def kind(self) -> tuple:
+        """Backbone and features, where the grids of all blocks are alike; for a CNN neither."""
+        backbone, features = self.first.config["model"]["backbone"], self.first.head["features"]
+        return backbone and backbone["weights"], features and features.rstrip("0123456789")
+
     def merit(self) -> tuple[float, float]:
+        """What the best has the most of: validation accuracy, then the lower loss."""
         return fmean(self.values("val_accuracy")), -fmean(self.values("val_loss"))
 
 
@@ -310,36 +347,48 @@ class Study:
     """The classifiers in groups: models, their settings, and the best of each model and number of epochs."""
 
     def __init__(self, classifiers: list[Classifier], left_out: dict[Path, str]):
-        self.classifiers, self.classes = classifiers, classifiers[0].config["data"]["classes"]
-        self.notes = [f"{path}: {why}" for path, why in left_out.items()] + name_models(classifiers)
-        settings, self.best, leaders, repeats = {}, {}, {}, Counter()
-        for c in classifiers:
-            key = c.row["model"], c.row["epochs"], c.row["lr"], c.row["schedule"]
-            kept = settings.setdefault(key, Setting(*key)).seeds.setdefault(c.row["seed"], c)
-            if kept is not c:
-                repeats[c.row["run"], kept.row["run"]] += 1
-        for (run, other), count in repeats.items():
-            self.notes.append(f"{run} repeats {other} ({count} of its classifiers): counted once")
-        self.settings = sorted(settings.values(), key=Setting.merit, reverse=True)
+        self.classifiers = classifiers
+        self.classes = classifiers[0].config["data"]["classes"]
+        self.notes = [f"{path}: {why}" for path, why in left_out.items()]
+        self.notes += name_models(classifiers)
+        self.settings = sorted(self.group(), key=Setting.merit, reverse=True)
+        self.best = {}
         for s in self.settings:
             self.best.setdefault((s.model, s.epochs), s)
-            backbone, features = s.first.config["model"]["backbone"], s.first.head["features"]
-            kind = backbone and backbone["weights"], features and features.rstrip("0123456789")
-            leaders.setdefault(kind, s.model)
-        # From best to worst, but first the best of each kind, or one kind could fill the report.
-        ranked = list(dict.fromkeys([*leaders.values(), *(s.model for s in self.settings)]))
-        lengths = sorted({s.epochs for s in self.settings})
+
+        lengths = self.all_lengths = sorted({s.epochs for s in self.settings})
         self.lengths = lengths if len(lengths) <= LENGTHS else lengths[:1] + lengths[1 - LENGTHS :]
+        ranked = self.rank()
         self.models = sorted(ranked, key=natural)
         self.shown = sorted(ranked[: MODELS if len(lengths) < LENGTHS else MODELS // 2], key=natural)
         self.few = sorted(ranked[:FEW], key=natural)
         self.colors = dict(zip(self.shown, COLORS))
 
+    def group(self) -> list[Setting]:
+        """The settings; where two classifiers would be the same seed of one, the second is noted and not counted."""
+        settings, repeats = {}, Counter()
+        for c in self.classifiers:
+            key = c.row["model"], c.row["epochs"], c.row["lr"], c.row["schedule"]
+            setting = settings.setdefault(key, Setting(*key))
+            kept = setting.seeds.setdefault(c.row["seed"], c)
+            if kept is not c:
+                repeats[c.row["run"], kept.row["run"]] += 1
+        for (run, other), count in repeats.items():
+            self.notes.append(f"{run} repeats {other} ({count} of its classifiers): counted once")
+        return list(settings.values())
+
+    def rank(self) -> list[str]:
+        """The models from best to worst, but first the best of each kind, or one kind could fill the report."""
+        leaders = {}
+        for s in self.settings:
+            leaders.setdefault(s.kind, s.model)
+        return list(dict.fromkeys([*leaders.values(), *(s.model for s in self.settings)]))
+
     def choose(self, models: list[str], longest=False) -> list[Setting]:
         """The best settings of these models, by number of epochs; or of each model only that of the most epochs."""
-        lengths = sorted({s.epochs for s in self.settings}) if longest else self.lengths
-        pairs = [(model, epochs) for epochs in lengths for model in models]
-        chosen = [self.best[pair] for pair in pairs if pair in self.best]
+        chosen = []
+        for epochs in self.all_lengths if longest else self.lengths:
+            chosen += [self.best[model, epochs] for model in models if (model, epochs) in self.best]
         return list({s.model: s for s in chosen}.values()) if longest else chosen
 
     def blocks(self, epochs: int) -> dict[int, Setting]:
@@ -479,7 +528,7 @@ def draw_confusions(study: Study):
     return figure
 
 
-def draw_mistakes(s: Setting, images: torch.Tensor, classes: list[str]):
+def draw_mistakes(s: Setting, classes: list[str], split: common.Split):
     """The twelve most confident mistakes with true and predicted class."""
     c = s.first
     wrong = c.predictions != c.labels
@@ -488,14 +537,14 @@ def draw_mistakes(s: Setting, images: torch.Tensor, classes: list[str]):
     figure.suptitle(f"{s.title}: most confident mistakes on {SPLITS[c.split]}")
     for place, i in enumerate(order[: min(12, wrong.sum())].tolist(), 1):
         axes = figure.add_subplot(3, 4, place)
-        axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(split.images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         true, predicted = clip(classes[c.labels[i]], 24), clip(classes[c.predictions[i]], 24)
         axes.set_title(f"true: {true}\npredicted: {predicted} ({c.confidences[i]:.1%})", fontsize=9)
         axes.axis("off")
     return figure
 
 
-def draw_augmentation(c: Classifier, split: common.Split, classes: list[str]):
+def draw_augmentation(c: Classifier, classes: list[str], split: common.Split):
     """Of each class (ten at most) a training image, and what the run sees of it in its first five epochs."""
     model, options = c.config["model"], c.config["options"]
     augmentation = {"crop_scale": options["crop_scale"], "flip": not options["no_flip"], "seed": options["seed"]}
@@ -515,45 +564,75 @@ def draw_augmentation(c: Classifier, split: common.Split, classes: list[str]):
 
 def plan_pictures(study: Study) -> dict:
     """What to draw: by file name a caption and a function that makes the figure. Notes what cannot be drawn."""
+    charts = plan_charts(study)
+    return charts | plan_images(study, charts)
+
+
+def plan_charts(study: Study) -> dict:
+    """The pictures that need no images."""
     curves = study.choose(study.shown, longest=len(study.shown) > FEW)
     caption = "Learning curves: means over the seeds, bands from least to most; what is far worse lies outside"
-    pictures = {"learning-curves.png": (caption, lambda: draw_curves(study, curves))}
-    pictures["confusion.png"] = "Confusion matrices of the lowest seed", lambda: draw_confusions(study)
+    pictures = {
+        "learning-curves.png": (caption, lambda: draw_curves(study, curves)),
+        "confusion.png": ("Confusion matrices of the lowest seed", lambda: draw_confusions(study)),
+    }
     rates = Counter((s.model, s.schedule, s.epochs) for s in study.settings if s.model in study.few)
-    swept = [n for n in study.lengths if any(count >= 3 for (*_, epochs), count in rates.items() if epochs == n)]
-    layered = [n for n in study.lengths if len(study.blocks(n)) >= 3]
+    swept = {epochs for (_, _, epochs), count in rates.items() if count >= 3}
+    swept = [epochs for epochs in study.lengths if epochs in swept]
     if swept:
         pictures["accuracy-by-lr.png"] = "Accuracy by learning rate", lambda: draw_rates(study, swept)
+    layered = [epochs for epochs in study.lengths if len(study.blocks(epochs)) >= 3]
     if layered:
         pictures["which-layer.png"] = "Which layer?", lambda: draw_layers(study, layered)
+    return pictures
 
+
+def image_loader(study: Study):
+    """A function that gives the images of a split that a classifier was trained or evaluated on.
+
+    It raises UserError where they are not there any more.
+    """
     load = functools.cache(common.load_data)
     # Equal hashes are equal pixels, whatever folder and size they are read with: once is enough.
     source = {str(c.config["data"]["sha256"]): c.config["options"] for c in study.classifiers}
 
-    def add(name: str, caption: str, c: Classifier, split: str, draw) -> None:
+    def load_split(c: Classifier, name: str) -> common.Split:
         hashes = c.config["data"]["sha256"]
-        folder, size = (source[str(hashes)][key] for key in ("data_dir", "image_size"))
+        options = source[str(hashes)]
+        folder = options["data_dir"]
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder} here")
+        data = load(folder, options["image_size"])
+        if data.description["sha256"].get(name) != hashes[name]:
+            raise UserError(f"{folder} has other images now")
+        return data.splits[name]
+
+    return load_split
+
+
+def plan_images(study: Study, taken: dict) -> dict:
+    """The pictures that show images; `taken`: names of files that others have."""
+    load_split = image_loader(study)
+    pictures = {}
+
+    def plan(name: str, caption: str, c: Classifier, split: str, draw) -> None:
         try:
-            if not Path(folder).is_dir():
-                raise UserError(f"there is no folder {folder} here")
-            data = load(folder, size)
-            if data.description["sha256"].get(split) != hashes[split]:
-                raise UserError(f"{folder} has other images now")
-            pictures[name] = caption, lambda: draw(data.splits[split])
+            images = load_split(c, split)
+            pictures[name] = caption, lambda: draw(images)
         except UserError as error:
             study.notes.append(f"{name} is not drawn: {error}")
 
     augmented = [c for c in study.classifiers if c.head["features"] is None or c.options.get("views")]
     for c in augmented[:1]:
         caption = "A training image of each class as it is stored, and as the first epochs see it"
-        add("augmentation.png", caption, c, "train", lambda split, c=c: draw_augmentation(c, split, study.classes))
+        plan("augmentation.png", caption, c, "train", functools.partial(draw_augmentation, c, study.classes))
     for i, s in enumerate(study.choose(study.few, longest=True), 1):
-        slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24]
-        name, caption = f"mistakes-{slug.strip('-')}.png", f"The most confident mistakes of {s.title}"
-        if name in {"mistakes-.png", *pictures}:
+        slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24].strip("-")
+        name = f"mistakes-{slug}.png"
+        if not slug or name in taken or name in pictures:
             name = f"mistakes-{i}.png"
-        add(name, caption, s.first, s.first.split, lambda split, s=s: draw_mistakes(s, split.images, study.classes))
+        caption = f"The most confident mistakes of {s.title}"
+        plan(name, caption, s.first, s.first.split, functools.partial(draw_mistakes, s, study.classes))
     return pictures
 
 
@@ -619,15 +698,19 @@ def data_section(study: Study) -> str:
     return text + ("Only models of the same images are compared in pairs.\n" if len(rows) > 1 else "")
 
 
-def cnn_section(best: Setting | None, others: list[Setting]) -> str:
-    if not best:
+def cnn_section(settings: list[Setting]) -> str:
+    """The layers and the training of the best CNN, and the parameters of the others."""
+    if not settings:
         return "None was trained: `python train_cnn.py --epochs 10`\n"
+    best, *others = settings
     model = best.first.config["model"]
     rows = [[name, " x ".join(map(str, shape)), f"{count:,}"] for name, shape, count in model["layers"]]
     text = table(["Layer", "Output", "Parameters"], rows[:14])
     text += f"\n{model['parameters']:,} parameters in {len(rows)} layers. {training_text(best)}"
-    counts = [f"{escape(s.model)}: {s.first.row['parameters']:,}" for s in others]
-    return text + (f"\nParameters of the others: {'; '.join(counts)}.\n" if counts else "")
+    if others:
+        counts = [f"{escape(s.model)}: {s.first.row['parameters']:,}" for s in others]
+        text += f"\nParameters of the others: {'; '.join(counts)}.\n"
+    return text
 
 
 def training_text(s: Setting) -> str:
@@ -649,8 +732,11 @@ def probe_section(settings: list[Setting]) -> str:
 
 
 def layers_text(study: Study) -> str:
-    """Which block is best by validation, and whether that is more than chance."""
-    epochs = max(n for n in study.lengths if study.blocks(n))
+    """Which block is best by validation, and whether that is more than chance; nothing where none were compared."""
+    compared = [epochs for epochs in study.lengths if len(study.blocks(epochs)) >= 3]
+    if not compared:
+        return ""
+    epochs = max(compared)
     values = {block: s.values("val_accuracy") for block, s in study.blocks(epochs).items()}
     means = {block: fmean(of_block) for block, of_block in values.items()}
     best, n = max(means, key=means.get), study.classifiers[0].config["data"]["counts"]["val"]
@@ -658,7 +744,7 @@ def layers_text(study: Study) -> str:
     error = math.sqrt(means[best] * (100 - means[best]) / n)  # one seed has no spread
     alike = [str(block) for block in means if means[best] - means[block] <= max(spread, error)]
     return (
-        f"After {epochs} epochs block {best} is the best by validation with {means[best]:.2f}%, the worst has "
+        f"\nAfter {epochs} epochs block {best} is the best by validation with {means[best]:.2f}%, the worst has "
         f"{min(means.values()):.2f}%. The seeds of a block are {spread:.2f} points apart on average, and {n:,} images "
         f"give a standard error of {error:.2f}: no further from the best are the blocks {', '.join(alike)}.\n"
     )
@@ -668,22 +754,53 @@ def profile_section(out: Path) -> str:
     if not (out / "profile.json").exists():
         return f"Not measured yet: `python profile_models.py --out {out.as_posix()}`\n"
     profile = common.read_json(out / "profile.json")
-    rows = table(profile["header"], profile["rows"][:10])
-    return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'], 2)}"
+    rows = table(profile["header"], profile["rows"][:8])
+    return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'], 5)}"
 
 
 RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "Validation (%)", "Learning rate", "Seeds"]
 RESULTS += ["95% interval", "Training (%)", "Seconds", "Images"]
 
 
+def few_text(study: Study) -> str:
+    """Which models are shown, where there are too many to show all."""
+    if len(study.models) <= len(study.few):
+        return ""
+    return (
+        f"Of {len(study.models)} models the {len(study.shown)} best by validation; side by side "
+        f"{escape(', '.join(study.few))}, the best and the best of each kind; all are in runs.csv."
+    )
+
+
 def results_rows(study: Study) -> list[list]:
+    """The cells under RESULTS."""
     rows = []
     for s in study.choose(study.shown):
-        row = [s.model, s.epochs, mean_sd(s.values("accuracy")), mean_sd(s.values("macro_f1"), 4)]
-        row += [mean_sd(s.values("val_accuracy")), f"{s.lr:.3g} {s.schedule}", len(s.seeds), wilson(s)]
-        row += [mean_sd(s.values("train_accuracy")), f"{fmean(s.values('seconds')):.1f}"]
-        rows.append([*row, f"{len(s.first.labels):,} {SPLITS[s.first.split]}"])
+        row = [
+            s.model,
+            s.epochs,
+            mean_sd(s.values("accuracy")),
+            mean_sd(s.values("macro_f1"), 4),
+            mean_sd(s.values("val_accuracy")),
+            f"{s.lr:.3g} {s.schedule}",
+            len(s.seeds),
+            wilson(s),
+            mean_sd(s.values("train_accuracy")),
+            f"{fmean(s.values('seconds')):.1f}",
+            f"{len(s.first.labels):,} {SPLITS[s.first.split]}",
+        ]
+        rows.append(row)
     return rows
+
+
+def paired_by_seed(a: Setting, b: Setting) -> dict[int, dict]:
+    """What `paired` says of each seed that two settings have in common on the same images."""
+    results = {}
+    for seed in sorted(a.seeds.keys() & b.seeds.keys()):
+        one, other = a.seeds[seed], b.seeds[seed]
+        if one.images == other.images:
+            results[seed] = paired(one.predictions == one.labels, other.predictions == other.labels)
+    return results
 
 
 def pairs_table(study: Study) -> str:
@@ -691,42 +808,42 @@ def pairs_table(study: Study) -> str:
     header = ["A", "B", "Epochs", "Seed", "Only A", "Only B", "B - A (points)", "95% interval", "p", "B - A, all seeds"]
     rows = []
     for a, b in itertools.combinations(study.choose(study.few), 2):
-        results = {}
-        for seed in sorted(a.seeds.keys() & b.seeds.keys()):
-            one, other = a.seeds[seed], b.seeds[seed]
-            hashes = [c.config["data"]["sha256"][c.split] for c in (one, other)]
-            if a.epochs == b.epochs and hashes[0] == hashes[1]:
-                results[seed] = paired(one.predictions == one.labels, other.predictions == other.labels)
-        for seed, t in list(results.items())[:1]:
-            interval = f"{100 * t['low']:+.2f} to {100 * t['high']:+.2f}"
-            row = [
-                a.model,
-                b.model,
-                a.epochs,
-                seed,
-                t["only_a"],
-                t["only_b"],
-                f"{100 * t['difference']:+.2f}",
-                interval,
-            ]
-            rows.append([*row, f"{t['p']:.2g}", mean_sd([100 * result["difference"] for result in results.values()])])
+        results = paired_by_seed(a, b) if a.epochs == b.epochs else {}
+        if not results:
+            continue
+        seed, first = next(iter(results.items()))
+        row = [
+            a.model,
+            b.model,
+            a.epochs,
+            seed,
+            first["only_a"],
+            first["only_b"],
+            f"{100 * first['difference']:+.2f}",
+            f"{100 * first['low']:+.2f} to {100 * first['high']:+.2f}",
+            f"{first['p']:.2g}",
+            mean_sd([100 * result["difference"] for result in results.values()]),
+        ]
+        rows.append(row)
     return table(header, rows[:12]) if rows else "None were trained for as many epochs with the same seed.\n"
 
 
 def classes_table(study: Study) -> str:
     """F1 of each class for a few models; of many classes those that are hardest."""
-    from sklearn.metrics import classification_report
+    from sklearn.metrics import f1_score
 
-    names, columns = study.classes, {}
+    labels = range(len(study.classes))
+    columns = {}
     for s in study.choose(study.few, longest=len(study.lengths) > 2):
-        reports = []
+        of_seeds = []
         for c in s.seeds.values():
-            options = {"labels": range(len(names)), "output_dict": True, "zero_division": 0}
-            reports.append(classification_report(c.labels.numpy(), c.predictions.numpy(), **options))
-        columns[s.title] = [fmean(report[str(i)]["f1-score"] for report in reports) for i in range(len(names))]
-    hardest = sorted(range(len(names)), key=lambda i: sum(column[i] for column in columns.values()))[:10]
-    support = [int(reports[0][str(i)]["support"]) for i in range(len(names))]
-    rows = [[names[i], *(f"{column[i]:.4f}" for column in columns.values()), support[i]] for i in sorted(hardest)]
+            of_seeds.append(f1_score(c.labels, c.predictions, labels=labels, average=None, zero_division=0))
+        columns[s.title] = np.mean(of_seeds, 0)
+    support = np.bincount(s.first.labels, minlength=len(labels))
+    hardest = np.argsort(sum(columns.values()), kind="stable")[:10]
+    rows = []
+    for i in sorted(hardest):
+        rows.append([study.classes[i], *(f"{column[i]:.4f}" for column in columns.values()), support[i]])
     return table(["Class", *columns, "Images"], rows)
 
 
@@ -749,37 +866,40 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
     """The text of report.md; the conclusions of the one that is there are kept."""
     old = (out / "report.md").read_text("utf-8", "replace") if (out / "report.md").exists() else ""
     kept = re.search(r"^## 7 .*?(?=^## 8 )", old, re.M | re.S)
-    machine, parts = common.environment(), defaultdict(str)
-    for name, (caption, _) in pictures.items():
-        key = "mistakes" if name.startswith("mistakes") else name.removesuffix(".png").replace("-", "_")
-        parts[key] += f"![{escape(caption)}]({name})\n"
-    if parts["which_layer"]:
-        parts["which_layer"] += "\n" + layers_text(study)
-    if len(study.few) < len(study.models):
-        parts["few"] = f"Of {len(study.models)} models the {len(study.shown)} best by validation; side by side "
-        parts["few"] += f"{escape(', '.join(study.few))}, the best and the best of each kind; all are in runs.csv."
-    longest = sorted(study.choose(study.shown, longest=True), key=Setting.merit, reverse=True)
-    probes = [s for s in longest if s.first.config["model"]["backbone"]]
-    best, *others = [s for s in longest if s not in probes] or [None]
-    trained = dict.fromkeys(f"trained on {c.config['environment']['device']}" for c in study.classifiers)
+    machine = common.environment()
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    parts |= {
-        "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
-        "device": machine["device"],
-        "count": f"{len(study.classifiers)} classifiers of {len({c.row['run'] for c in study.classifiers})} runs",
-        "data": data_section(study),
-        "cnn": cnn_section(best, others),
-        "probe": probe_section(probes),
-        "profile": profile_section(out),
-        "results": table(RESULTS, results_rows(study)),
-        "pairs": pairs_table(study),
-        "classes": classes_table(study),
-        "rates": rates_table(study),
-        "left_out": list_some(study.notes, 6) or "Nothing.\n",
-        "conclusions": kept[0].strip() + "\n" if kept else CONCLUSIONS,
-        "versions": list_some([f"evaluated on {machine['device']} with {versions}", *trained], 4),
-    }
-    return re.sub("\n{3,}", "\n\n", REPORT.format_map(parts))
+    trained = dict.fromkeys(f"trained on {c.config['environment']['device']}" for c in study.classifiers)
+    runs = {c.row["run"] for c in study.classifiers}
+    longest = sorted(study.choose(study.shown, longest=True), key=Setting.merit, reverse=True)
+
+    def show(beginning: str) -> str:
+        names = [name for name in pictures if name.startswith(beginning)]
+        return "".join(f"![{escape(pictures[name][0])}]({name})\n" for name in names)
+
+    text = REPORT.format(
+        command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
+        device=machine["device"],
+        count=f"{len(study.classifiers)} classifiers of {len(runs)} runs",
+        data=data_section(study),
+        augmentation=show("augmentation"),
+        cnn=cnn_section([s for s in longest if not s.first.config["model"]["backbone"]]),
+        probe=probe_section([s for s in longest if s.first.config["model"]["backbone"]]),
+        which_layer=show("which-layer") + layers_text(study),
+        profile=profile_section(out),
+        few=few_text(study),
+        results=table(RESULTS, results_rows(study)),
+        confusion=show("confusion"),
+        learning_curves=show("learning-curves"),
+        pairs=pairs_table(study),
+        classes=classes_table(study),
+        rates=rates_table(study),
+        accuracy_by_lr=show("accuracy-by-lr"),
+        mistakes=show("mistakes"),
+        left_out=list_some(study.notes, 6) or "Nothing.\n",
+        conclusions=kept[0].strip() + "\n" if kept else CONCLUSIONS,
+        versions=list_some([f"evaluated on {machine['device']} with {versions}", *trained], 4),
+    )
+    return re.sub("\n{3,}", "\n\n", text)
 
 
 def csv_text(study: Study) -> str:

@@ -45,7 +45,7 @@ Step time: median, after a warm-up, without the profiler. Images/s: without a lo
 Memory used: the most at once, on a GPU by torch.cuda.max_memory_allocated, else of a fresh process, libraries and all.
 GFLOPs: forward pass, 2 a multiply-add (torch.utils.flop_counter). Device idle, on a GPU: 1 - kernels' time / step time.
 Features are computed once, before they are trained on; that is not in the row of cached ones. The ViT is random here.
-Traces hold the first steps of each epoch, with the spans `data`, `forward`, `loss`, `backward` and `Optimizer.step`. \
+Traces hold the first steps of each epoch, with the spans data, forward, loss, backward and Optimizer.step. \
 Drop a file on https://ui.perfetto.dev (or on chrome://tracing)."""
 
 
@@ -224,7 +224,7 @@ def report(results: list[dict]) -> tuple[dict, str]:
     environment = results[0]["environment"]
     versions = [f"{name} {version}" for name, version in environment["versions"].items()]
     table = {
-        "machine": ", ".join([environment["device"], f"{environment['threads']} threads", *versions]),
+        "machine": ", ".join([environment["device"], f"threads: {environment['threads']}", *versions]),
         "header": list(results[0]["cells"]),
         "rows": [list(result["cells"].values()) for result in results],
         "notes": NOTES.splitlines(),

@@ -30,21 +30,25 @@ class CNN(nn.Module):
     image and, if `mirror`, its mirror image.
     """
 
-    def __init__(self, channels: int, classes: int, image_size: int, widths=(32, 64, 128), mirror=True):
+    def __init__(self, channels, classes, image_size, widths=(32, 64, 128), mirror=True):
         super().__init__()
         layers = []
-        for before, width in zip((channels, *widths), widths):
+        inputs = channels
+        for width in widths:
             layers += [
-                nn.Conv2d(before, width, kernel_size=3, padding=1, bias=False),
+                nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
                 nn.MaxPool2d(2),  # before the normalisation, which it saves three quarters of its work
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
+            inputs = width
         self.features = nn.Sequential(*layers)
+
         # The classifier's size follows from the layers above, whatever they are.
+        image = torch.zeros(1, channels, image_size, image_size)
         with torch.no_grad():
-            example = self.features.eval()(torch.zeros(1, channels, image_size, image_size))
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(example.numel(), classes))
+            size = self.features.eval()(image).numel()
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(size, classes))
         self.mirror = mirror
         self.train()
 
@@ -52,7 +56,8 @@ class CNN(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         logits = self.classifier(self.features(x))
         if self.mirror and not self.training:
-            logits = (logits + self.classifier(self.features(x.flip(3)))) / 2
+            mirrored = self.classifier(self.features(x.flip(3)))
+            logits = (logits + mirrored) / 2
         return logits
 
 
@@ -60,8 +65,27 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW; batch normalisation and biases are not decayed. The learning rate is set at every step."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+
+
+def make_images(args, data: common.Data, device, mean: list[float], std: list[float]) -> dict[str, common.Images]:
+    """The images of each split on the device, to be normalised by `mean` and `std` of each channel."""
+    images = {}
+    for name, split in data.splits.items():
+        images[name] = common.Images(
+            split.images.to(device),
+            args.image_size,
+            mean,
+            std,
+            crop_scale=args.crop_scale,
+            flip=not args.no_flip,
+            seed=args.seed,
+        )
+    return images
 
 
 def build(args, data: common.Data, accelerator) -> SimpleNamespace:
@@ -69,27 +93,21 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
 
     `args`: the options, with one learning rate, schedule and seed.
     """
-    device, train = accelerator.device, data.splits["train"]
-    mean, std = common.mean_and_std(train.images)
-    look = {"size": args.image_size, "mean": mean, "std": std}
-    augmentation = {"crop_scale": args.crop_scale, "flip": not args.no_flip, "seed": args.seed}
-    images = {name: common.Images(split.images.to(device), **look) for name, split in data.splits.items()}
-    images["train"] = common.Images(train.images.to(device), **look, **augmentation)
-
+    device = accelerator.device
+    mean, std = common.mean_and_std(data.splits["train"].images)
+    images = make_images(args, data, device, mean, std)
     torch.manual_seed(common.key_seed(args.seed, "init"))
     model = CNN(data.channels, len(data.classes), args.image_size, mirror=not args.no_flip)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
     optimizer = make_optimizer(model, args)
-    name = args.name or "CNN"
-    head = {"name": "cnn", "model": name, "lr": args.lr, "schedule": args.schedule, "features": None}
-    example = images["train"].plain(torch.zeros(1, dtype=torch.int64, device=device))
-    config = common.make_config(args, accelerator, data, model, optimizer, example, [head], name=name, **look)
+    config = describe(args, data, accelerator, model, optimizer, images["train"])
+    config["model"] |= {"mean": mean, "std": std}
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    batches = common.Batches(
-        accelerator, images["train"].augmented, train.labels.to(device), args.batch_size, args.seed
-    )
-    schedule, total = common.SCHEDULES[args.schedule], args.epochs * len(batches)
+    labels = data.splits["train"].labels.to(device)
+    batches = common.Batches(accelerator, images["train"].augmented, labels, args.batch_size, args.seed)
+    schedule = common.SCHEDULES[args.schedule]
+    total = args.epochs * len(batches)
     return SimpleNamespace(
         model=model,
         optimizer=optimizer,
@@ -101,11 +119,25 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
     )
 
 
-def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.Steps:
-    """One pass over the training images, with what `build` has built; epochs count from 0."""
+def describe(args, data: common.Data, accelerator, model, optimizer, images: common.Images) -> dict:
+    """What config.json says of a run."""
+    name = args.name or "CNN"
+    head = {"name": "cnn", "model": name, "lr": args.lr, "schedule": args.schedule, "features": None}
+    example = images.plain(torch.zeros(1, dtype=torch.int64, device=accelerator.device))
+    config = common.make_config(args, accelerator, data, model, optimizer, example, [head])
+    config["model"]["name"] = name
+    return config
+
+
+def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tuple]:
+    """One pass over the training images, with what `build` has built; epochs count from 0.
+
+    Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
+    each step wait.
+    """
     model, optimizer, batches = training.model, training.optimizer, training.batches
     model.train()
-    steps = common.Steps()
+    steps = []
     # The order of the images, their crops and flips are functions of the seed and the epoch.
     for i, (images, labels) in enumerate(batches.epoch(epoch)):
         rate = training.learning_rate(epoch * len(batches) + i)
@@ -120,40 +152,42 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.St
 
         # For the log: the plain loss, without label smoothing, as of validation.
         logits = logits.detach().float()
-        steps.add(rate, F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
+        plain_loss = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        steps.append((rate, plain_loss, accuracy))
     return steps
+
+
+def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int) -> torch.Tensor:
+    """Log-probabilities float32 [N, classes] of the images of a split."""
+    images = training.images[split]
+    logits = common.predict(accelerator, training.model, images.plain, len(images), batch_size)
+    return logits.float().log_softmax(1)
 
 
 def train(args, name: str, data: common.Data, accelerator) -> None:
     """Train one run into the folder runs/`name`."""
     training = build(args, data, accelerator)
-
-    def predict(split: str) -> torch.Tensor:
-        """Log-probabilities float32 [N, classes] of the images of a split."""
-        images, n = training.images[split].plain, len(data.splits[split].labels)
-        return common.predict(accelerator, training.model, images, n, args.batch_size).float().log_softmax(1)
-
     with common.Run(accelerator, name, training.config, data, args.resume) as run:
         run.restore(model=training.model, optimizer=training.optimizer)
         run.show_images(training.images["train"])
         for epoch in run.epochs(args.epochs):
             steps = train_epoch(accelerator, training, epoch)
-            run.end_epoch(steps, predict("val"))
-        run.finish(predict)
+            run.end_epoch(steps, predict(accelerator, training, "val", args.batch_size))
+        run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
 
 
 def sanity_check(args, data: common.Data, accelerator) -> int:
     """Learn four batches by heart, without augmentation; the exit code: 0 if that works, else 1."""
-    few, _ = data.splits["train"].few(4 * args.batch_size, args.seed)
+    sample, _ = data.splits["train"].sample(4 * args.batch_size, args.seed)
+    data = dataclasses.replace(data, splits={"train": sample})
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True, "label_smoothing": 0.0}
     args = argparse.Namespace(**vars(args) | plain)
-    training = build(args, dataclasses.replace(data, splits={"train": few}), accelerator)
+    training = build(args, data, accelerator)
     for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
         train_epoch(accelerator, training, epoch)
-    logits = common.predict(
-        accelerator, training.model, training.images["train"].plain, len(few.labels), args.batch_size
-    )
-    return common.report_sanity_check(accelerator, logits.float().log_softmax(1), few.labels)
+    log_probs = predict(accelerator, training, "train", args.batch_size)
+    return common.report_sanity_check(accelerator, log_probs, sample.labels)
 
 
 def load_classifier(run: str | Path):
@@ -163,14 +197,15 @@ def load_classifier(run: str | Path):
     probable first. Raises UserError for a folder of another model and for files that are no images.
     """
     config = common.read_json(Path(run) / "config.json")
-    look, options, classes = config["model"], config["options"], config["data"]["classes"]
-    model = CNN(config["data"]["channels"], len(classes), options["image_size"], mirror=not options["no_flip"])
+    options = config["options"]
+    classes, channels = config["data"]["classes"], config["data"]["channels"]
+    model = CNN(channels, len(classes), options["image_size"], mirror=not options["no_flip"])
     common.load_weights(model, run, config)
 
     @torch.no_grad()
     def classify(files: list[str | Path]) -> list[dict[str, float]]:
         pixels = common.read_files(files, config)
-        images = common.Images(pixels, options["image_size"], look["mean"], look["std"])
+        images = common.Images(pixels, options["image_size"], config["model"]["mean"], config["model"]["std"])
         return common.name_classes(model(images.plain(torch.arange(len(files)))), classes)
 
     return classify

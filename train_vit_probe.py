@@ -52,6 +52,16 @@ def values(part: str) -> int:
     return 9 * WIDTH if part.startswith("grid") else WIDTH
 
 
+def count_values(parts: list[str]) -> int:
+    """The number of values of several parts together."""
+    return sum(values(part) for part in parts)
+
+
+def split_parts(features: torch.Tensor, parts: list[str]) -> dict[str, torch.Tensor]:
+    """Features [N, values of `parts`] -> part -> its columns [N, values of the part]."""
+    return dict(zip(parts, features.split([values(part) for part in parts], dim=1)))
+
+
 def all_parts(choices: list[str]) -> list[str]:
     """The parts that some of the `choices` of FEATURES are made of, each once."""
     return list(dict.fromkeys(part for choice in choices for part in FEATURES[choice]))
@@ -70,17 +80,19 @@ class Heads(nn.Module):
     def __init__(self, choices: list[str], parts: list[str], classes: int):
         super().__init__()
         self.choices, self.parts = choices, parts
-        self.heads = nn.ModuleList(nn.Linear(sum(map(values, FEATURES[choice])), classes) for choice in choices)
-        for head in self.heads:
+        self.heads = nn.ModuleList()
+        for choice in choices:
+            head = nn.Linear(count_values(FEATURES[choice]), classes)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.register_buffer("mean", torch.zeros(sum(map(values, parts))))
-        self.register_buffer("std", torch.ones(sum(map(values, parts))))
+            self.heads.append(head)
+        self.register_buffer("mean", torch.zeros(count_values(parts)))
+        self.register_buffer("std", torch.ones(count_values(parts)))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # the heads cost nothing: they stay in float32
             x = (x.float() - self.mean) / self.std
-            parts = dict(zip(self.parts, x.split([values(part) for part in self.parts], dim=1)))
+            parts = split_parts(x, self.parts)
             inputs = {}
             for choice in set(self.choices):
                 joined = torch.cat([parts[part] for part in FEATURES[choice]], 1)
@@ -112,14 +124,21 @@ class HeadsLoss(nn.Module):
 def list_heads(args, kind: str) -> list[dict]:
     """A classifier for each of the features, schedules and rates, as config.json lists them."""
     heads = []
-    for features, schedule, lr in common.combinations(args.features, args.schedule, args.lr):
+    for head in common.each_run(args, "features", "schedule", "lr"):
         model = args.name or "ViT-Tiny"
         if not args.name or len(set(args.features)) > 1:
-            model += f" {features}"
+            model += f" {head.features}"
         if kind != "pretrained" and not args.name:
             model += f" ({kind})"
-        name = f"{features}-lr{common.short(lr)}-{schedule}"
-        heads.append({"name": name, "model": model, "features": features, "lr": lr, "schedule": schedule})
+        heads.append(
+            {
+                "name": f"{head.features}-lr{common.short(head.lr)}-{head.schedule}",
+                "model": model,
+                "features": head.features,
+                "lr": head.lr,
+                "schedule": head.schedule,
+            }
+        )
     return heads
 
 
@@ -129,7 +148,7 @@ def build(args, data: common.Data, features: dict, identity: dict, accelerator) 
     `features` of the splits: "train" a list of views, "val" and "test" tensors [N, values of all parts]; `identity`
     says of which backbone. `args`: the options, with one seed.
     """
-    device, labels = accelerator.device, data.splits["train"].labels
+    device = accelerator.device
     heads = list_heads(args, identity["weights"])
     views = [view.to(device) for view in features["train"]]
     torch.manual_seed(common.key_seed(args.seed, "init"))
@@ -139,38 +158,58 @@ def build(args, data: common.Data, features: dict, identity: dict, accelerator) 
     model.to(device)
     groups = [{"params": layer.parameters(), "lr": head["lr"]} for layer, head in zip(model.heads, heads)]
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    for head, layer in zip(heads, model.heads):
-        head["architecture"] = repr(layer)
-        head["trainable"] = sum(p.numel() for p in layer.parameters())
-        head["parameters"] = head["trainable"] + identity["parameters"]
-    more = {"name": args.name or "ViT-Tiny", "backbone": identity, "mean": [MEAN], "std": [STD]}
-    more |= {"parameters": heads[0]["parameters"], "trainable": heads[0]["trainable"]}
-    config = common.make_config(args, accelerator, data, model, optimizer, views[0][:1], heads, **more)
+    config = describe(args, data, accelerator, model, optimizer, views[0][:1], heads, identity)
 
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def inputs(index, epoch):
         return views[epoch % len(views)][index]
 
-    batches = common.Batches(accelerator, inputs, labels.to(device), args.batch_size, args.seed)
+    labels = data.splits["train"].labels.to(device)
+    batches = common.Batches(accelerator, inputs, labels, args.batch_size, args.seed)
     total = args.epochs * len(batches)
+
+    def learning_rates(step):
+        return [head["lr"] * common.SCHEDULES[head["schedule"]](step, total) for head in heads]
+
     return SimpleNamespace(
         model=model,
         optimizer=optimizer,
         criterion=HeadsLoss(args.label_smoothing),
-        learning_rates=lambda step: [h["lr"] * common.SCHEDULES[h["schedule"]](step, total) for h in heads],
+        learning_rates=learning_rates,
         batches=batches,
         features={name: features[name].to(device) for name in features if name != "train"} | {"train": views[0]},
         config=config,
     )
 
 
-def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.Steps:
-    """One pass over the training images' features, with what `build` has built; epochs count from 0."""
+def describe(args, data: common.Data, accelerator, model, optimizer, example, heads: list, identity: dict) -> dict:
+    """What config.json says of a run; the counts of parameters are those of a head and the backbone."""
+    for head, layer in zip(heads, model.heads):
+        head["architecture"] = repr(layer)
+        head["trainable"] = sum(p.numel() for p in layer.parameters())
+        head["parameters"] = head["trainable"] + identity["parameters"]
+    config = common.make_config(args, accelerator, data, model, optimizer, example, heads)
+    config["model"] |= {
+        "parameters": heads[0]["parameters"],
+        "trainable": heads[0]["trainable"],
+        "backbone": identity,
+        "name": args.name or "ViT-Tiny",
+        "mean": [MEAN],
+        "std": [STD],
+    }
+    return config
+
+
+def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tuple]:
+    """One pass over the training images' features, with what `build` has built; epochs count from 0.
+
+    Returns of each step the heads' learning rates, losses and accuracies; the last two stay on the device.
+    """
     model, optimizer, batches = training.model, training.optimizer, training.batches
     plain_loss = HeadsLoss()
     model.train()
-    steps = common.Steps()
+    steps = []
     for i, (features, labels) in enumerate(batches.epoch(epoch)):
         rates = training.learning_rates(epoch * len(batches) + i)
         for group, rate in zip(optimizer.param_groups, rates):  # a group is a head
@@ -184,8 +223,8 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> common.St
 
         # For the log: the plain loss, without label smoothing, as of validation.
         logits = logits.detach()
-        right = (logits.argmax(2) == labels[:, None]).float().mean(0)
-        steps.add(rates, plain_loss.each(logits, labels), right)
+        accuracies = (logits.argmax(2) == labels[:, None]).float().mean(0)
+        steps.append((rates, plain_loss.each(logits, labels), accuracies))
     return steps
 
 
@@ -215,7 +254,7 @@ def sanity_check(args, data: common.Data, backbone, identity: dict, accelerator)
     args = argparse.Namespace(**vars(args) | {"epochs": 60, "label_smoothing": 0.0, "views": 0})
     data = dataclasses.replace(data, splits={"train": data.splits["train"]})
     features, _ = extract_all(args, data, backbone, identity, accelerator)
-    data.splits["train"], pick = data.splits["train"].few(4 * args.batch_size, args.seed)
+    data.splits["train"], pick = data.splits["train"].sample(4 * args.batch_size, args.seed)
     features["train"] = [features["train"][0][pick]]
     training = build(args, data, features, identity, accelerator)
     for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
@@ -227,6 +266,22 @@ def sanity_check(args, data: common.Data, backbone, identity: dict, accelerator)
 # ------------------------------------------------------------------------------- the frozen backbone, its features
 
 
+def block_of(part: str) -> int:
+    """The block after which a part of the features is taken."""
+    return int(part.removeprefix("grid")) if part.startswith("grid") else BLOCKS - 1
+
+
+def pool(part: str, patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
+    """A part of the features, [B, values], of a block's tokens [B, patches, WIDTH] and [B, 1, WIDTH]."""
+    if part == "class":
+        return class_token[:, 0]
+    if part == "mean":
+        return patches.float().mean(1)
+    side = math.isqrt(patches.shape[1])
+    picture = patches.float().transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(picture, 3).flatten(1)
+
+
 class Backbone(nn.Module):
     """The frozen ViT-Tiny: images [B, 1 or 3, S, S] -> features float16 [B, values of all `parts`]."""
 
@@ -236,7 +291,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        blocks = sorted({BLOCKS - 1, *(int(part[4:]) for part in self.parts if part.startswith("grid"))})
+        blocks = sorted({block_of(part) for part in self.parts} | {BLOCKS - 1})
         with common.autocast(x.device, self.precision):
             outputs = self.vit.forward_intermediates(
                 x.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
@@ -246,18 +301,8 @@ class Backbone(nn.Module):
                 return_prefix_tokens=True,
                 intermediates_only=True,
             )
-        of_block = dict(zip(blocks, outputs))
-        features = []
-        for part in self.parts:
-            patches, class_token = of_block[int(part[4:]) if part.startswith("grid") else BLOCKS - 1]
-            if part == "class":
-                features.append(class_token[:, 0])
-            elif part == "mean":
-                features.append(patches.float().mean(1))
-            else:
-                side = math.isqrt(patches.shape[1])
-                picture = patches.float().transpose(1, 2).unflatten(2, (side, side))
-                features.append(F.adaptive_avg_pool2d(picture, 3).flatten(1))
+        tokens = dict(zip(blocks, outputs))
+        features = [pool(part, *tokens[block_of(part)]) for part in self.parts]
         return torch.cat([feature.half() for feature in features], 1)
 
 
@@ -378,30 +423,36 @@ def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) 
     return features, seconds
 
 
+def cache_folder(args, split: common.Split, view: int | None, backbone, identity: dict, device) -> Path:
+    """The folder under features/ of the features of a split, named by all that they depend on."""
+    import timm
+
+    key = identity | {"images": split.sha256, "size": args.image_size, "precision": backbone.precision, "view": view}
+    key |= {"device": device.type, "versions": [torch.__version__, timm.__version__]}
+    if view is not None:
+        key |= {"crop": [args.crop_scale, *common.CROP_RATIO], "flip": not args.no_flip, "seed": args.seed}
+    return CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def read_cache(folder: Path, parts: list[str], n: int) -> dict:
+    """part -> its features float16 [n, values] and the seconds that they took, of the parts that are there."""
+    found = {}
+    for part in parts:
+        with contextlib.suppress(UserError):  # not there, or damaged: made again
+            tensors, meta = common.load_tensors(folder / f"{part}.safetensors")
+            if tensors["features"].shape == (n, values(part)):
+                found[part] = tensors["features"], meta["seconds"]
+    return found
+
+
 def extract(args, name: str, split: common.Split, view, backbone, identity, accelerator) -> tuple[torch.Tensor, float]:
     """Features float16 [N, values of all parts] (CPU) of a split, and the seconds that computing them took.
 
     `view`: None for the plain images, else the number of an augmentation. Kept under features/, a file for each
-    part, in a folder named by all that they depend on. What is missing comes from one pass of the backbone.
+    part. What is missing comes from one pass of the backbone.
     """
-    import timm
-
-    key = identity | {"images": split.sha256(), "size": args.image_size, "precision": backbone.precision, "view": view}
-    key |= {"device": accelerator.device.type, "versions": [torch.__version__, timm.__version__]}
-    if view is not None:
-        key |= {"crop": [args.crop_scale, *common.CROP_RATIO], "flip": not args.no_flip, "seed": args.seed}
-    folder = CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-
-    def read() -> dict:
-        found = {}
-        for part in backbone.parts:
-            with contextlib.suppress(UserError):  # not there, or damaged: made again
-                tensors, meta = common.load_tensors(folder / f"{part}.safetensors")
-                if tensors["features"].shape == (len(split.labels), values(part)):
-                    found[part] = tensors["features"], meta["seconds"]
-        return found
-
-    found = common.on_main_process(accelerator, read)
+    folder = cache_folder(args, split, view, backbone, identity, accelerator.device)
+    found = common.on_main_process(accelerator, lambda: read_cache(folder, backbone.parts, len(split.labels)))
     missing = [part for part in backbone.parts if part not in found]
     if missing:
         images = make_images(split, args, accelerator.device)
@@ -413,7 +464,7 @@ def extract(args, name: str, split: common.Split, view, backbone, identity, acce
         partial = Backbone(backbone.vit, backbone.precision, missing)
         features = common.predict(accelerator, partial, inputs, len(split.labels), batch_size, description)
         seconds = time.perf_counter() - began
-        new = dict(zip(missing, features.split([values(part) for part in missing], 1)))
+        new = split_parts(features, missing)
 
         def write():
             folder.mkdir(parents=True, exist_ok=True)
@@ -422,7 +473,8 @@ def extract(args, name: str, split: common.Split, view, backbone, identity, acce
 
         common.on_main_process(accelerator, write)
         found |= {part: (columns, seconds) for part, columns in new.items()}
-    return torch.cat([found[part][0] for part in backbone.parts], 1), max(s for _, s in found.values())
+    features = torch.cat([found[part][0] for part in backbone.parts], 1)
+    return features, max(seconds for _, seconds in found.values())
 
 
 def recorded_features(data: common.Data, parts: list[str]) -> dict:
@@ -433,15 +485,16 @@ def recorded_features(data: common.Data, parts: list[str]) -> dict:
     tensors, meta = common.load_tensors(RECORDED)
     features = {}
     for name, split in data.splits.items():
-        if meta["images"].get(name) != split.sha256():
+        if meta["images"].get(name) != split.sha256:
             raise UserError(
                 f"{RECORDED.name} has the features of the default images only, and the weights could not be "
                 "fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
             )
         pairs = tensors[name]
-        whole = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1) * tensors["scale"] + tensors["offset"]
-        of_part = dict(zip(meta["parts"], whole.half().split([values(part) for part in meta["parts"]], 1)))
-        features[name] = torch.cat([of_part[part] for part in parts], 1)
+        integers = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1)
+        whole = (integers * tensors["scale"] + tensors["offset"]).half()
+        columns = split_parts(whole, meta["parts"])
+        features[name] = torch.cat([columns[part] for part in parts], 1)
     return features | {"train": [features["train"]]}
 
 

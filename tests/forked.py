@@ -3,6 +3,7 @@
 Children can be told to kill themselves with SIGKILL at a named place, to fail there, and so on: see `at_place`.
 """
 
+import builtins
 import gc
 import importlib
 import multiprocessing
@@ -93,9 +94,10 @@ def at_place(act):
 
         setattr(owner, name, function)
 
-    def fdopen(handle, mode="r", *args, **kwargs):
-        file = original_fdopen(handle, mode, *args, **kwargs)
-        return Halves(file, lambda: act("half-way through a file")) if mode == "wb" else file
+    def open_file(path, *args, **kwargs):
+        file = original_open(path, *args, **kwargs)
+        temporary = str(path).endswith(".tmp")  # as atomic_write writes
+        return Halves(file, lambda: act("half-way through a file")) if temporary else file
 
     def write_record(self, data):
         whole = self._writer
@@ -103,7 +105,7 @@ def at_place(act):
         original_write(self, data)
         self._writer = whole
 
-    original_fdopen, os.fdopen = os.fdopen, fdopen
+    original_open, builtins.open = builtins.open, open_file
     original_write, RecordWriter.write = RecordWriter.write, write_record
     around(os, "replace", lambda args: os.path.basename(args[1]))
     around(os, "truncate", lambda args: "cutting off events")

@@ -265,11 +265,11 @@ def test_predict_counts_each_example_once_in_order_in_eval_mode(accelerator, n, 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_steps_of_an_epoch_are_kept_in_order(accelerator, heads):
-    steps = common.Steps()
+    steps = []
     for i in range(4):
         values = torch.arange(heads) + 10.0 * i if heads > 1 else torch.tensor(10.0 * i)
-        steps.add([0.1 * i] * heads if heads > 1 else 0.1 * i, values, values / 100)
-    rates, losses, accuracies = steps.over_processes(accelerator)
+        steps.append(([0.1 * i] * heads if heads > 1 else 0.1 * i, values, values / 100))
+    rates, losses, accuracies = common.gather_steps(accelerator, steps)
     expected = torch.arange(heads) + 10.0 * torch.arange(4)[:, None]
     assert rates.shape == losses.shape == accuracies.shape == (4, heads)
     assert torch.equal(losses, expected) and torch.allclose(accuracies, expected / 100)
@@ -544,7 +544,7 @@ def test_an_rgb_image_in_a_grey_datas_test_is_made_grey_and_changes_nothing_else
     assert data.channels == 1 and all(split.images.shape == (4, 1, 8, 8) for split in data.splits.values())
     assert (data.splits["test"].images[0, 0].numpy() == np.array(red.convert("L"))).all()
     without = common.load_data(str(tmp_path), 28, ("train", "val"))
-    assert without.splits["train"].sha256() == data.splits["train"].sha256()
+    assert without.splits["train"].sha256 == data.splits["train"].sha256
 
 
 @pytest.mark.parametrize("size", [(60, 60), (40, 60), (61, 40), (10, 14), (200, 33)])
@@ -734,16 +734,17 @@ def test_a_missing_folder_is_a_users_error_that_says_what_to_do(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_the_hash_of_a_split_changes_with_one_pixel_and_one_label():
-    images, labels = pictures(5, 8), torch.tensor([0, 1, 0, 1, 1])
-    base = common.Split(images.clone(), labels.clone(), [])
-    pixel = common.Split(images.clone(), labels.clone(), ["other"])
-    assert pixel.sha256() == base.sha256()
-    pixel.images[4, 0, 7, 7] ^= 1
-    label = common.Split(images.clone(), labels.clone(), [])
-    label.labels[4] = 0
-    shape = common.Split(images.reshape(5, 1, 4, 16), labels, [])
-    assert len({split.sha256() for split in (base, pixel, label, shape)}) == 4
+def test_the_hash_of_a_split_changes_with_one_pixel_one_label_and_the_shape():
+    images, labels = list(pictures(5, 8)[:, 0].numpy()), torch.tensor([0, 1, 0, 1, 1])
+    base = common.images_sha256(images, labels)
+    assert base == common.images_sha256([image.copy() for image in images], labels.clone())
+    pixel = [*images[:4], images[4].copy()]
+    pixel[4][7, 7] ^= 1
+    label = labels.clone()
+    label[4] = 0
+    shape = [image.reshape(4, 16) for image in images]
+    others = [(pixel, labels), (images, label), (shape, labels), (images[:4], labels[:4])]
+    assert len({base, *(common.images_sha256(*other) for other in others)}) == 5
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -187,7 +187,7 @@ def test_the_archive_is_small_and_holds_the_licence_and_both_sets(tool):
         folders = Counter(name.rpartition("/")[0] for name in archive.namelist())
         assert archive.testzip() is None
     assert licence == tool.LICENSE and "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in licence
-    names = list(common.CLASSES)[:6]
+    names = list(prepare_data.CLASSES)[:6]
     assert folders == {"": 1} | {f"{split}/{name}": 1000 for split in ("train", "test") for name in names}
 
 
@@ -240,7 +240,7 @@ def test_all_kinds_of_sources_give_the_same_data(tool, idx, tmp_path):
     for name, pixels in found.items():
         split, label, file = name.split("/")
         expected, number = ITEMS[split == "test"][int(file[:5])]
-        assert number == common.CLASSES[label] and (expected == pixels).all()
+        assert number == prepare_data.CLASSES[label] and (expected == pixels).all()
 
 
 def test_options_classes_number_fraction_and_seed(idx, tmp_path):

@@ -79,7 +79,7 @@ def test_the_launcher_that_starts_one_process_says_so_and_uses_the_cores(workdir
     env |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
     ended = forked.run(*CNN, "--batch-size", "1000", cwd=workdir, env=env)  # as far as it has said so
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert f"1 process(es) on cpu, {cores} threads each" in ended.stdout
+    assert f"1 process(es) on cpu, threads of each: {cores}," in ended.stdout
     assert_user_error(ended, "1000")
 
 

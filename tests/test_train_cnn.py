@@ -240,7 +240,7 @@ def test_config_says_what_was_trained_on_what_and_where(trained, data):
         "classes": data.classes,
         "channels": 1,
         "counts": {name: len(split.labels) for name, split in splits.items()},
-        "sha256": {name: split.sha256() for name, split in splits.items()},
+        "sha256": {name: split.sha256 for name, split in splits.items()},
     }
     model = train_cnn.CNN(1, 6, 28)
     count = sum(p.numel() for p in model.parameters())
@@ -967,7 +967,7 @@ def really(function):
 @pytest.fixture
 def fake_device(monkeypatch):
     """A StandIn for Accelerate on a CUDA device whose tensors are fake; nothing is stepped or written down."""
-    monkeypatch.setattr(common, "make_config", lambda *args, **more: {})
+    monkeypatch.setattr(common, "make_config", lambda *args: {"model": {}})
     monkeypatch.setattr(nn.Module, "_apply", move_fake_parameters)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     monkeypatch.setattr(common.EpochSampler, "__iter__", really(common.EpochSampler.__iter__))
@@ -986,7 +986,7 @@ def test_a_training_step_and_predictions_stay_on_the_device(data, fake_device, m
         NoWaiting(patch)
         steps = train_cnn.train_epoch(fake_device, training, 0)
     assert on_device(fake_device.losses) and len(fake_device.losses) == 3
-    steps.over_processes(fake_device)
+    common.gather_steps(fake_device, steps)
     assert on_device(fake_device.reduced)
     n = len(data.splits["val"].labels)
     outputs = common.predict(fake_device, training.model, training.images["val"].plain, n, 40)

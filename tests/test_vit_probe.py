@@ -243,7 +243,9 @@ def test_backbone_is_frozen_and_only_the_heads_learn(data, accelerator, tiny):
     trained = [p for group in training.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for layer in training.model.heads for p in layer.parameters()}
     assert {id(p) for p in trained} == {id(p) for p in training.model.parameters()}
-    losses = [probe.train_epoch(accelerator, training, epoch).over_processes(accelerator)[1] for epoch in range(3)]
+    losses = []
+    for epoch in range(3):
+        losses.append(common.gather_steps(accelerator, probe.train_epoch(accelerator, training, epoch))[1])
     assert all(p.grad.abs().sum() > 0 for p in trained) and (losses[2].mean(0) < 0.8 * losses[0].mean(0)).all()
     assert all(p.grad is None for p in backbone.vit.parameters()) and state_hash(backbone.vit) == before
 
@@ -338,7 +340,9 @@ def test_heads_equal_plain_torch(accelerator, data):
     joined = {name: torch.cat([of_split[part] for part in parts], 1) for name, of_split in made.items()}
     identity = {"name": MODEL, "weights": "random", "sha256": "seed 0", "parameters": 0}
     training = probe.build(args, data, joined | {"train": [joined["train"]]}, identity, accelerator)
-    losses = [probe.train_epoch(accelerator, training, epoch).over_processes(accelerator)[1] for epoch in range(3)]
+    losses = []
+    for epoch in range(3):
+        losses.append(common.gather_steps(accelerator, probe.train_epoch(accelerator, training, epoch))[1])
     heads = training.config["heads"]
     assert len(heads) == 12
     logits = common.predict(accelerator, training.model, lambda i: joined["val"][i], 24, 8)
@@ -774,7 +778,7 @@ def test_features_a_training_step_and_predictions_stay_on_the_device(data, fake_
         NoWaiting(patch)
         steps = probe.train_epoch(fake_device, training, 0)
     assert on_device(fake_device.losses) and len(fake_device.losses) == 3
-    _, losses, _ = steps.over_processes(fake_device)
+    _, losses, _ = common.gather_steps(fake_device, steps)
     assert on_device(fake_device.reduced) and losses.shape == (3, 4)
     val = training.features["val"]
     outputs = common.predict(fake_device, training.model, lambda index: val[index], len(val), 10)
@@ -874,7 +878,7 @@ def record(folder, splits, features, parts):
     levels = {name: ((x - low) / scale).round().clamp(0, 15).to(torch.uint8) for name, x in features.items()}
     tensors = {name: x[:, 0::2] * 16 + x[:, 1::2] for name, x in levels.items()} | {"scale": scale, "offset": low}
     backbone = {"name": MODEL, "weights": "pretrained", "sha256": "0" * 64, "parameters": 5}
-    meta = {"backbone": backbone, "images": {name: split.sha256() for name, split in splits.items()}, "parts": parts}
+    meta = {"backbone": backbone, "images": {name: split.sha256 for name, split in splits.items()}, "parts": parts}
     folder.mkdir(exist_ok=True)
     common.save_tensors(folder / "vit_features.safetensors", tensors, meta)
     return {name: x * scale + low for name, x in levels.items()}
@@ -974,7 +978,7 @@ def recorder(tiny_data, tmp_path_factory):
 def test_the_recorder_writes_what_training_reads(recorder, data, monkeypatch):
     file = recorder / "copy" / "vit_features.safetensors"
     tensors, meta = common.load_tensors(file)
-    assert meta["images"] == {name: split.sha256() for name, split in data.splits.items()}
+    assert meta["images"] == {name: split.sha256 for name, split in data.splits.items()}
     assert meta["parts"] == probe.FEATURES[probe.DEFAULT_FEATURES]
     assert meta["backbone"]["sha256"] == common.file_sha256(WEIGHTS)
     monkeypatch.setattr(probe, "RECORDED", file)
@@ -1045,7 +1049,7 @@ def test_recorded_features_equal_those_made_again_from_the_weights(default_data,
     assert meta["parts"] == probe.FEATURES[probe.DEFAULT_FEATURES]
     first_images(default_data, tmp_path, train=1, val=1, test=1)
     data = common.load_data(str(tmp_path / "data"), 224)
-    images = {name: split.sha256() for name, split in data.splits.items()}
+    images = {name: split.sha256 for name, split in data.splits.items()}
     index = {name: torch.arange(6) * (whole["counts"][name] // 6) for name in images}
     few = {name: tensors[name][index[name]] for name in images} | {key: tensors[key] for key in ("scale", "offset")}
     monkeypatch.setattr(probe, "RECORDED", tmp_path / "few.safetensors")

@@ -60,7 +60,7 @@ def main() -> None:
     meta = {"backbone": identity, "parts": parts, "images": {}}
     for name, split in data.splits.items():
         tensors[name] = pack(features[name], scale, offset)
-        meta["images"][name] = split.sha256()
+        meta["images"][name] = split.sha256
     common.save_tensors(out, tensors, meta)
     print(f"{out}: {out.stat().st_size:,} bytes")
 

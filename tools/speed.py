@@ -4,7 +4,7 @@
     python tools/speed.py --tables process tricks
 
 Starts the scripts as commands and calls their functions. Reads data/ and no weights: the ViT's are random. Writes
-results/speed.md anew after each table; runs and caches go to a temporary folder. Sides of a comparison are measured
+results/speed.md anew after each table; runs and caches go to a temporary folder. What is compared is measured
 in turn, so that a busy moment of the machine hits all of them. Two runs of a table can differ by a tenth.
 """
 
@@ -51,13 +51,13 @@ def now() -> float:
     return time.perf_counter()
 
 
-def in_turn(repeats: int, sides: dict) -> dict:
-    """Median seconds of each of the functions `sides`, which are called in turn."""
-    seconds = {name: [] for name in sides}
+def in_turn(repeats: int, functions: dict) -> dict:
+    """Median seconds of each of the `functions`, which are called in turn."""
+    seconds = {name: [] for name in functions}
     for _ in range(repeats):
-        for name, side in sides.items():
+        for name, function in functions.items():
             began = now()
-            side()
+            function()
             seconds[name].append(now() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -110,12 +110,12 @@ def process_table(bench) -> str:
     `tools/usual_way.py`. Ratio: to the faster of the usual ways; target: at most 0.36.
     """
     epochs = ["--epochs", bench.epochs]
-    sides = {"ours": lambda: run(bench, "train_cnn.py", *epochs, "--name", next(bench.names))}
+    functions = {"ours": lambda: run(bench, "train_cnn.py", *epochs, "--name", next(bench.names))}
     for workers in (0, WORKERS):
-        sides[f"usual, {workers} workers"] = functools.partial(
+        functions[f"usual, {workers} workers"] = functools.partial(
             run, bench, "tools/usual_way.py", *epochs, "--workers", workers
         )
-    seconds = in_turn(bench.repeats, sides)
+    seconds = in_turn(bench.repeats, functions)
     usual = min(list(seconds.values())[1:])
     rows = [[name, f"{s:.1f}", f"{s / usual:.2f}"] for name, s in seconds.items()]
     return markdown_table([f"{bench.epochs} epochs", "Seconds", "Ratio"], rows)
@@ -129,12 +129,12 @@ def epoch_table(bench) -> str:
     """
     fixed, epochs = copy.copy(bench.training), itertools.count()
     fixed.batches = FixedBatch(bench.training.batches)
-    sides = {
+    functions = {
         "as trained": lambda: train_cnn.train_epoch(bench.accelerator, bench.training, next(epochs)),
         "one fixed batch": lambda: train_cnn.train_epoch(bench.accelerator, fixed, 0),
     }
-    in_turn(1, sides)  # warm-up
-    seconds = in_turn(4 * bench.repeats, sides)
+    in_turn(1, functions)  # warm-up
+    seconds = in_turn(4 * bench.repeats, functions)
     rows = [[name, f"{s:.3f}", f"{s / seconds['one fixed batch']:.3f}"] for name, s in seconds.items()]
     return markdown_table([f"Epoch of {len(fixed.batches)} steps", "Seconds", "Ratio"], rows)
 
@@ -154,10 +154,10 @@ def pipeline_rows(bench, batches: common.Batches, options, most: int, grey: bool
             x.to(bench.device)
 
     ours()  # warm-up
-    sides = {"ours": ours}
+    functions = {"ours": ours}
     for workers in (0, WORKERS):
-        sides[f"usual, {workers} workers"] = functools.partial(usual, workers)
-    rows, seconds = [], in_turn(bench.repeats, sides)
+        functions[f"usual, {workers} workers"] = functools.partial(usual, workers)
+    rows, seconds = [], in_turn(bench.repeats, functions)
     for name, s in seconds.items():
         name = f"{options.image_size} px, {name}"
         rows.append([name, f"{images:,}", f"{images / s:,.0f}", f"{s / seconds['ours']:.1f}"])
@@ -213,15 +213,15 @@ def probe_table(bench) -> str:
         seconds = {file.parent: common.load_tensors(file)[1]["seconds"] for file in cache.glob("*/*.safetensors")}
         passes.append(sum(seconds.values()))
 
-    sides = {}
+    functions = {}
     for cached, epochs in itertools.product((False, True), (1, bench.epochs)):
         name = f"{epochs} epoch(s), {'cached' if cached else 'nothing cached'}"
-        sides[name] = functools.partial(train, epochs, cached)
-    seconds = in_turn(bench.repeats, sides)
+        functions[name] = functools.partial(train, epochs, cached)
+    seconds = in_turn(bench.repeats, functions)
     images = torch.randn(16, 3, *[bench.probe.image_size] * 2, device=bench.device)
-    sides = {name: functools.partial(forward, images) for name, forward in forward_passes(bench).items()}
-    in_turn(1, sides)  # warm-up
-    forward, ours = in_turn(5 * bench.repeats, sides), statistics.median(passes)
+    functions = {name: functools.partial(forward, images) for name, forward in forward_passes(bench).items()}
+    in_turn(1, functions)  # warm-up
+    forward, ours = in_turn(5 * bench.repeats, functions), statistics.median(passes)
     rows = [[name, f"{ours * s / forward[OURS]:.1f}", "", f"{s / forward[OURS]:.3f}"] for name, s in forward.items()]
     for name, s in seconds.items():
         if name.startswith("1 "):
@@ -269,14 +269,14 @@ def fresh_step(keep: bool, precision: str) -> float:
 def tricks_table(bench) -> str:
     """Tricks of the CNN
 
-    A step of a plain training loop with one thing changed. Ratio: to the step as it is; above 1 the trick that was
-    undone is a gain, below 1 the change would be one. Last rows: means of fresh processes on the CPU, in turn, as what
-    `common.keep_freed_memory` gives depends on where a process's memory happens to lie.
+    A step of a plain training loop with one thing changed. Ratio: to the step as it is; above 1 the trick that is
+    left out is a gain, below 1 the change would be one. Last rows: means of fresh processes on the CPU, in turn, as
+    what `common.keep_freed_memory` gives depends on where a process's memory happens to lie.
     """
     batches = list(itertools.islice(bench.training.batches.epoch(0), 40))
     other = "no" if bench.precision == "bf16" else "bf16"
 
-    def side(precision=bench.precision, fused=True, **variant):
+    def variant_steps(precision=bench.precision, fused=True, **variant):
         return functools.partial(plain_steps, make_cnn(bench.device, **variant), batches, precision, fused)
 
     def from_files():
@@ -284,16 +284,16 @@ def tricks_table(bench) -> str:
         plain_steps(model, itertools.islice(loader, len(batches)), bench.precision)
 
     model = make_cnn(bench.device)
-    sides = {
-        "as it is": side(),
-        "without channels-last": side(channels_last=False),
-        "without the fused optimiser": side(fused=False),
-        "pooling after batch norm and ReLU, not before": side(pool_first=False),
-        f"in {other.replace('no', 'fp32')}": side(precision=other),
+    functions = {
+        "as it is": variant_steps(),
+        "without channels-last": variant_steps(channels_last=False),
+        "without the fused optimiser": variant_steps(fused=False),
+        "pooling after batch norm and ReLU, not before": variant_steps(pool_first=False),
+        f"in {other.replace('no', 'fp32')}": variant_steps(precision=other),
         "PIL in the training loop": from_files,
     }
-    in_turn(1, sides)  # warm-up
-    rows, seconds = [], in_turn(2 * bench.repeats, sides)
+    in_turn(1, functions)  # warm-up
+    rows, seconds = [], in_turn(2 * bench.repeats, functions)
     for name, s in seconds.items():
         rows.append([name, f"{1e3 * s / len(batches):.2f}", f"{s / seconds['as it is']:.2f}"])
 
@@ -329,7 +329,7 @@ def main() -> int:
         bench = make_bench(args, Path(folder))
         environment = common.environment(bench.accelerator)
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        text = f"# Speed\n\nMachine: {environment['device']}, {environment['threads']} threads, {versions}.\n\n"
+        text = f"# Speed\n\nMachine: {environment['device']}, threads: {environment['threads']}, {versions}.\n\n"
         text += f"D{common.summary(bench.data)[1:]}. Seconds are medians of {bench.repeats} or more runs in turn.\n"
         for name in args.tables:
             title, _, intro = TABLES[name].__doc__.partition("\n\n")
