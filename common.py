@@ -717,6 +717,10 @@ class Images:
             self.drawn_for = epoch
         return resample(self.normalised(index), self.size, self.bicubic, self.boxes[index], self.flips[index])
 
+    def shares(self, x):
+        """Inputs of the model as pictures again: shares of 255, from 0 to 1."""
+        return ((x * self.std + self.mean) / 255).clamp(0, 1)
+
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 images [N, C, S, S], as shares of 255."""
@@ -1091,8 +1095,8 @@ class TensorBoard:
         """The first training images of each class as they are augmented in the first epoch."""
         for label, name in enumerate(classes[:100]):
             index = (split.labels == label).nonzero()[:count, 0].to(images.images.device)
-            x = images.augmented(index, 0) * images.std + images.mean
-            self.writer.add_images(f"training images/{name}", (x / 255).clamp(0, 1).cpu(), 0)
+            shares = images.shares(images.augmented(index, 0))
+            self.writer.add_images(f"training images/{name}", shares.cpu(), 0)
 
     def log_epoch(self, lines: list[dict], rates: torch.Tensor, losses: torch.Tensor) -> None:
         """An epoch's scalars, and the learning rate and loss of about fifty of its steps."""

@@ -320,14 +320,9 @@ def name_models(classifiers: list[Classifier]) -> list[str]:
     for name, variants in called.items():
         options = [members[0].options for members in variants.values()]
         for members in variants.values():
-            texts, number = [], 1
-            for key, value in members[0].options.items():
-                others = Counter(str(other.get(key)) for other in options)
-                count = others.pop(str(value))
-                # What more variants have than anything else need not be said of each.
-                if others and count <= max(others.values()):
-                    texts.append(option_text(key, value))
+            texts = differing_options(members[0].options, options)
             full = unique = f"{name} ({', '.join(texts)})" if texts else name
+            number = 1
             while unique in taken:
                 number += 1
                 unique = f"{full} ({number})"
@@ -341,6 +336,18 @@ def name_models(classifiers: list[Classifier]) -> list[str]:
             for c in members:
                 c.row["model"] = unique
     return notes
+
+
+def differing_options(options: dict, variants: list[dict]) -> list[str]:
+    """For a reader, the options in which a variant differs from what is usual among all the `variants`."""
+    texts = []
+    for key, value in options.items():
+        others = Counter(str(other.get(key)) for other in variants)
+        count = others.pop(str(value))
+        # What more variants have than anything else need not be said of each.
+        if others and count <= max(others.values()):
+            texts.append(option_text(key, value))
+    return texts
 
 
 class Study:
@@ -478,21 +485,34 @@ def row_of_panels(lengths: list[int], **settings):
 def draw_rates(study: Study, lengths: list[int]):
     """Validation accuracy against learning rate: a panel a number of epochs, a line a model and schedule."""
     figure, panels = row_of_panels(lengths, xlabel="learning rate", xscale="log")
-    schedules, lines, handles = list(dict.fromkeys(s.schedule for s in study.settings)), {}, {}
+    lines = {}
     for s in sorted(study.settings, key=lambda s: s.lr):
         if s.model in study.few and s.epochs in lengths:
             lines.setdefault((s.model, s.schedule, s.epochs), {})[s.lr] = s.values("val_accuracy")
+
+    # The schedule gives the kind of line, so that no two lines of a model look alike.
+    kinds = [("-", "o"), (":", "s"), ("--", "D"), ("-.", "^")]
+    schedules = list(dict.fromkeys(s.schedule for s in study.settings))
+    legend = {}
     for (model, schedule, epochs), points in sorted(lines.items()):
-        i = schedules.index(schedule) % 4
-        style = {"color": study.colors[model], "linestyle": ["-", ":", "--", "-."][i], "marker": "osD^"[i]}
-        plot_band(panels[epochs], list(points), list(points.values()), label=f"{model}, {schedule}", **style)
-        handles[model, schedule] = panels[epochs].lines[-1]
+        linestyle, marker = kinds[schedules.index(schedule) % 4]
+        plot_band(
+            panels[epochs],
+            list(points),
+            list(points.values()),
+            color=study.colors[model],
+            linestyle=linestyle,
+            marker=marker,
+            label=f"{model}, {schedule}",
+        )
+        legend[model, schedule] = panels[epochs].lines[-1]
+
     rates = sorted(set().union(*lines.values()))
     for axes in panels.values():
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
         axes.minorticks_off()
     leave_out_bad(list(panels.values()), ideal=100)
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -504,11 +524,13 @@ def draw_layers(study: Study, lengths: list[int]):
         values = [s.values("val_accuracy") for s in blocks.values()]
         plot_band(axes, list(blocks), values, color="black", marker="o", label="grid of a block")
         axes.set_xticks(list(blocks))
-        for (model, length), s in sorted(study.best.items()):
-            if length == epochs and s.first.head["features"] in ("class", "last"):
-                values, color = s.values("val_accuracy"), study.colors.get(model, "gray")
-                axes.axhspan(min(values), max(values), color=color, alpha=0.15, linewidth=0)
-                axes.axhline(fmean(values), color=color, linestyle="--", label=model)
+        others = [
+            s for s in study.best.values() if s.epochs == epochs and s.first.head["features"] in ("class", "last")
+        ]
+        for s in sorted(others, key=lambda s: s.model):
+            values, color = s.values("val_accuracy"), study.colors.get(s.model, "gray")
+            axes.axhspan(min(values), max(values), color=color, alpha=0.15, linewidth=0)
+            axes.axhline(fmean(values), color=color, linestyle="--", label=s.model)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
@@ -547,18 +569,29 @@ def draw_mistakes(s: Setting, classes: list[str], split: common.Split):
 def draw_augmentation(c: Classifier, classes: list[str], split: common.Split):
     """Of each class (ten at most) a training image, and what the run sees of it in its first five epochs."""
     model, options = c.config["model"], c.config["options"]
-    augmentation = {"crop_scale": options["crop_scale"], "flip": not options["no_flip"], "seed": options["seed"]}
-    images = common.Images(split.images, options["image_size"], model["mean"], model["std"], **augmentation)
-    index = torch.tensor([split.labels.tolist().index(label) for label in range(min(10, len(classes)))])
-    inputs = [images.plain(index), *(images.augmented(index, epoch) for epoch in range(5))]
+    images = common.Images(
+        split.images,
+        options["image_size"],
+        model["mean"],
+        model["std"],
+        crop_scale=options["crop_scale"],
+        flip=not options["no_flip"],
+        seed=options["seed"],
+    )
+    labels = split.labels.tolist()
+    index = torch.tensor([labels.index(label) for label in range(len(classes))][:10])
+    columns = {"stored": images.plain(index)}
+    for epoch in range(5):
+        columns[f"epoch {epoch + 1}"] = images.augmented(index, epoch)
     figure = common.new_figure(8, 1.1 * len(index) + 0.4)
-    grid = figure.subplots(len(index), len(inputs), squeeze=False)
-    for (i, j), axes in np.ndenumerate(grid):
-        pixels = ((inputs[j][i] * images.std + images.mean) / 255).clamp(0, 1)
-        axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set(xticks=[], yticks=[], title="" if i else f"epoch {j}" if j else "stored")
-        if j == 0:
-            axes.set_ylabel(clip(classes[i], 24), rotation=0, ha="right", va="center")
+    grid = figure.subplots(len(index), len(columns), squeeze=False)
+    for (title, inputs), panels in zip(columns.items(), grid.T):
+        panels[0].set_title(title)
+        for axes, image in zip(panels, images.shares(inputs)):
+            axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+    for axes, name in zip(grid[:, 0], classes):
+        axes.set_ylabel(clip(name, 24), rotation=0, ha="right", va="center")
     return figure
 
 
@@ -904,11 +937,15 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
 
 def csv_text(study: Study) -> str:
     """runs.csv: a row for each classifier, with the options that vary between them."""
-    values = Counter(pair for c in study.classifiers for pair in {(k, str(v)) for k, v in c.options.items()})
-    varied = [key for key, count in Counter(key for key, _ in values).items() if count > 1]
+    values = {}
+    for c in study.classifiers:
+        for key, value in c.options.items():
+            values.setdefault(key, set()).add(str(value))
+    varied = [key for key in values if len(values[key]) > 1]
     rows = [c.row | {key: c.options.get(key) for key in varied} for c in study.classifiers]
+    columns = dict.fromkeys(itertools.chain(*rows))
     file = io.StringIO()
-    writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
