@@ -51,7 +51,7 @@ class UserError(Exception):
     """A mistake in what the user gave: one line that says what is wrong, where, and what to do."""
 
 
-def of_machine(error: BaseException) -> bool:
+def is_system_error(error: BaseException) -> bool:
     """Whether an error is the machine's (memory, disk, permissions), and so no damage of a file that was read."""
     if isinstance(error, OSError):
         return error.errno is not None  # Pillow's own have none
@@ -88,7 +88,7 @@ def cli(main) -> None:
     except BrokenPipeError:  # `| head`
         code = 1
     except (MemoryError, RuntimeError, OSError) as error:
-        if not of_machine(error):
+        if not is_system_error(error):
             raise
         message = "out of memory: give a smaller --batch-size or --image-size, or close other programs"
         if isinstance(error, OSError):
@@ -505,7 +505,7 @@ def read_image(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, depending on the format
-        if of_machine(error):
+        if is_system_error(error):
             raise
         raise UserError(f"{path}: not a usable image ({error})") from None
 
@@ -1228,7 +1228,7 @@ class Run:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
         except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            if of_machine(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
+            if is_system_error(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
                 raise
             raise UserError(f"{file}: damaged ({first_line(error)}): remove its run folder to start again") from None
 

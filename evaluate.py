@@ -34,11 +34,13 @@ from tqdm import tqdm
 import common
 from common import UserError
 
-# What a reader can take, and a report of 200 lines: models in a table, models side by side, numbers of epochs.
-MODELS, FEW, LENGTHS = 12, 4, 3
-# Options that leave a model what it is: in these it is trained in several ways, and those change nothing.
+# What a reader can take, and a report of 200 lines.
+MAX_LISTED = 12  # models in a table
+MAX_COMPARED = 4  # models side by side
+# Options in which a model is trained in several ways.
 SETTING = {"epochs", "lr", "schedule", "seed"}
-NOT_THE_MODEL = {"name", "resume", "data_dir", "deterministic", "features", "weights", "sanity_check"}
+# Options that do not make another model; the features are those of a head.
+NOT_OF_MODEL = common.NO_EFFECT | {"deterministic", "features"}
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"]
 COLORS += ["#8c564b", "#e377c2", "#000000", "#bcbd22", "#7f7f7f", "#00d084"]
@@ -68,7 +70,7 @@ Every classifier with its options and figures: [runs.csv](runs.csv).
 Learning rate and schedule are the best by validation for each model and number of epochs. ±: standard deviation \
 over seeds (n - 1). 95% interval: Wilson's, for other images, not for other seeds. Training: in the best epoch, on \
 augmented images. Seconds: of a run's training and validation with its features' forward passes, so of all heads of a \
-probe together. {few}
+probe together. {which}
 
 {results}
 {confusion}
@@ -148,7 +150,7 @@ class Classifier:
     @functools.cached_property
     def options(self) -> dict:
         """The options that make another model of it."""
-        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NOT_THE_MODEL}
+        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NOT_OF_MODEL}
         return options | {"training_images": self.config["data"]["counts"]["train"]}
 
     @property
@@ -363,13 +365,15 @@ class Study:
         for s in self.settings:
             self.best.setdefault((s.model, s.epochs), s)
 
-        lengths = self.all_lengths = sorted({s.epochs for s in self.settings})
-        self.lengths = lengths if len(lengths) <= LENGTHS else lengths[:1] + lengths[1 - LENGTHS :]
+        counts = sorted({s.epochs for s in self.settings})
+        self.all_epoch_counts = counts
+        # Of many, the least and the two largest.
+        self.epoch_counts = counts if len(counts) <= 3 else [counts[0], *counts[-2:]]
         ranked = self.rank()
         self.models = sorted(ranked, key=natural)
-        self.shown = sorted(ranked[: MODELS if len(lengths) < LENGTHS else MODELS // 2], key=natural)
-        self.few = sorted(ranked[:FEW], key=natural)
-        self.colors = dict(zip(self.shown, COLORS))
+        self.listed = sorted(ranked[: MAX_LISTED if len(counts) < 3 else MAX_LISTED // 2], key=natural)
+        self.compared = sorted(ranked[:MAX_COMPARED], key=natural)
+        self.colors = dict(zip(self.listed, COLORS))
 
     def group(self) -> list[Setting]:
         """The settings; where two classifiers would be the same seed of one, the second is noted and not counted."""
@@ -394,7 +398,7 @@ class Study:
     def choose(self, models: list[str], longest=False) -> list[Setting]:
         """The best settings of these models, by number of epochs; or of each model only that of the most epochs."""
         chosen = []
-        for epochs in self.all_lengths if longest else self.lengths:
+        for epochs in self.all_epoch_counts if longest else self.epoch_counts:
             chosen += [self.best[model, epochs] for model in models if (model, epochs) in self.best]
         return list({s.model: s for s in chosen}.values()) if longest else chosen
 
@@ -441,7 +445,7 @@ def draw_curves(study: Study, settings: list[Setting]):
     (*by_epoch, by_time), (*losses, time) = figure.subplots(2, 3)
     panels = dict(zip(["train_accuracy", "val_accuracy", "train_loss", "val_loss"], by_epoch + losses))
     for i, s in enumerate(settings):
-        color, dashed = study.colors[s.model], s.epochs < max(study.lengths)
+        color, dashed = study.colors[s.model], s.epochs < max(study.epoch_counts)
         style = {"color": color, "linestyle": "--" if dashed else "-", "marker": "^" if dashed else "o"}
         for key, axes in panels.items():
             plot_band(axes, range(1, s.epochs + 1), s.curve(key), **style)
@@ -473,21 +477,21 @@ def draw_curves(study: Study, settings: list[Setting]):
     return figure
 
 
-def row_of_panels(lengths: list[int], **settings):
+def row_of_panels(epoch_counts: list[int], **settings):
     """A figure with a panel for each number of epochs, for validation accuracy."""
-    figure = common.new_figure(2 + 5 * len(lengths), 5)
-    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
-    for axes, epochs in zip(panels, lengths):
+    figure = common.new_figure(2 + 5 * len(epoch_counts), 5)
+    panels = figure.subplots(1, len(epoch_counts), squeeze=False, sharey=True)[0]
+    for axes, epochs in zip(panels, epoch_counts):
         axes.set(title=f"{epochs} epoch{'s' * (epochs > 1)}", ylabel="validation accuracy (%)", **settings)
-    return figure, dict(zip(lengths, panels))
+    return figure, dict(zip(epoch_counts, panels))
 
 
-def draw_rates(study: Study, lengths: list[int]):
+def draw_rates(study: Study, epoch_counts: list[int]):
     """Validation accuracy against learning rate: a panel a number of epochs, a line a model and schedule."""
-    figure, panels = row_of_panels(lengths, xlabel="learning rate", xscale="log")
+    figure, panels = row_of_panels(epoch_counts, xlabel="learning rate", xscale="log")
     lines = {}
     for s in sorted(study.settings, key=lambda s: s.lr):
-        if s.model in study.few and s.epochs in lengths:
+        if s.model in study.compared and s.epochs in epoch_counts:
             lines.setdefault((s.model, s.schedule, s.epochs), {})[s.lr] = s.values("val_accuracy")
 
     # The schedule gives the kind of line, so that no two lines of a model look alike.
@@ -516,9 +520,9 @@ def draw_rates(study: Study, lengths: list[int]):
     return figure
 
 
-def draw_layers(study: Study, lengths: list[int]):
+def draw_layers(study: Study, epoch_counts: list[int]):
     """Validation accuracy against the block of the features, beside that of the last block's features."""
-    figure, panels = row_of_panels(lengths, xlabel="block")
+    figure, panels = row_of_panels(epoch_counts, xlabel="block")
     for epochs, axes in panels.items():
         blocks = study.blocks(epochs)
         values = [s.values("val_accuracy") for s in blocks.values()]
@@ -537,9 +541,9 @@ def draw_layers(study: Study, lengths: list[int]):
 
 def draw_confusions(study: Study):
     """Confusion matrices: a row for each number of epochs, a column for each of a few models."""
-    figure = common.new_figure(1.6 + 2.9 * len(study.few), 1.5 + 3 * len(study.lengths))
-    grid = figure.subplots(len(study.lengths), len(study.few), squeeze=False)
-    for (i, epochs), (j, model) in itertools.product(enumerate(study.lengths), enumerate(study.few)):
+    figure = common.new_figure(1.6 + 2.9 * len(study.compared), 1.5 + 3 * len(study.epoch_counts))
+    grid = figure.subplots(len(study.epoch_counts), len(study.compared), squeeze=False)
+    for (i, epochs), (j, model) in itertools.product(enumerate(study.epoch_counts), enumerate(study.compared)):
         if (model, epochs) not in study.best:
             grid[i, j].set_visible(False)
             continue
@@ -603,18 +607,18 @@ def plan_pictures(study: Study) -> dict:
 
 def plan_charts(study: Study) -> dict:
     """The pictures that need no images."""
-    curves = study.choose(study.shown, longest=len(study.shown) > FEW)
+    curves = study.choose(study.listed, longest=len(study.listed) > MAX_COMPARED)
     caption = "Learning curves: means over the seeds, bands from least to most; what is far worse lies outside"
     pictures = {
         "learning-curves.png": (caption, lambda: draw_curves(study, curves)),
         "confusion.png": ("Confusion matrices of the lowest seed", lambda: draw_confusions(study)),
     }
-    rates = Counter((s.model, s.schedule, s.epochs) for s in study.settings if s.model in study.few)
+    rates = Counter((s.model, s.schedule, s.epochs) for s in study.settings if s.model in study.compared)
     swept = {epochs for (_, _, epochs), count in rates.items() if count >= 3}
-    swept = [epochs for epochs in study.lengths if epochs in swept]
+    swept = [epochs for epochs in study.epoch_counts if epochs in swept]
     if swept:
         pictures["accuracy-by-lr.png"] = "Accuracy by learning rate", lambda: draw_rates(study, swept)
-    layered = [epochs for epochs in study.lengths if len(study.blocks(epochs)) >= 3]
+    layered = [epochs for epochs in study.epoch_counts if len(study.blocks(epochs)) >= 3]
     if layered:
         pictures["which-layer.png"] = "Which layer?", lambda: draw_layers(study, layered)
     return pictures
@@ -659,7 +663,7 @@ def plan_images(study: Study, taken: dict) -> dict:
     for c in augmented[:1]:
         caption = "A training image of each class as it is stored, and as the first epochs see it"
         plan("augmentation.png", caption, c, "train", functools.partial(draw_augmentation, c, study.classes))
-    for i, s in enumerate(study.choose(study.few, longest=True), 1):
+    for i, s in enumerate(study.choose(study.compared, longest=True), 1):
         slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24].strip("-")
         name = f"mistakes-{slug}.png"
         if not slug or name in taken or name in pictures:
@@ -766,7 +770,7 @@ def probe_section(settings: list[Setting]) -> str:
 
 def layers_text(study: Study) -> str:
     """Which block is best by validation, and whether that is more than chance; nothing where none were compared."""
-    compared = [epochs for epochs in study.lengths if len(study.blocks(epochs)) >= 3]
+    compared = [epochs for epochs in study.epoch_counts if len(study.blocks(epochs)) >= 3]
     if not compared:
         return ""
     epochs = max(compared)
@@ -795,20 +799,20 @@ RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "Validation (%)", "Lea
 RESULTS += ["95% interval", "Training (%)", "Seconds", "Images"]
 
 
-def few_text(study: Study) -> str:
+def which_models(study: Study) -> str:
     """Which models are shown, where there are too many to show all."""
-    if len(study.models) <= len(study.few):
+    if len(study.models) <= len(study.compared):
         return ""
     return (
-        f"Of {len(study.models)} models the {len(study.shown)} best by validation; side by side "
-        f"{escape(', '.join(study.few))}, the best and the best of each kind; all are in runs.csv."
+        f"Of {len(study.models)} models the {len(study.listed)} best by validation; side by side "
+        f"{escape(', '.join(study.compared))}, the best and the best of each kind; all are in runs.csv."
     )
 
 
 def results_rows(study: Study) -> list[list]:
     """The cells under RESULTS."""
     rows = []
-    for s in study.choose(study.shown):
+    for s in study.choose(study.listed):
         row = [
             s.model,
             s.epochs,
@@ -840,7 +844,7 @@ def pairs_table(study: Study) -> str:
     """A row for each two of a few models with as many epochs, a common seed and the same images."""
     header = ["A", "B", "Epochs", "Seed", "Only A", "Only B", "B - A (points)", "95% interval", "p", "B - A, all seeds"]
     rows = []
-    for a, b in itertools.combinations(study.choose(study.few), 2):
+    for a, b in itertools.combinations(study.choose(study.compared), 2):
         results = paired_by_seed(a, b) if a.epochs == b.epochs else {}
         if not results:
             continue
@@ -867,7 +871,7 @@ def classes_table(study: Study) -> str:
 
     labels = range(len(study.classes))
     columns = {}
-    for s in study.choose(study.few, longest=len(study.lengths) > 2):
+    for s in study.choose(study.compared, longest=len(study.epoch_counts) > 2):
         of_seeds = []
         for c in s.seeds.values():
             of_seeds.append(f1_score(c.labels, c.predictions, labels=labels, average=None, zero_division=0))
@@ -885,7 +889,7 @@ def rates_table(study: Study) -> str:
     columns = {}
     for s in study.settings:
         best = study.best[s.model, s.epochs]
-        if best in study.choose(study.few) and s.schedule == best.schedule:
+        if best in study.choose(study.compared) and s.schedule == best.schedule:
             columns.setdefault(f"{s.title}, {s.schedule}", {})[s.lr] = mean_sd(s.values("val_accuracy"))
     rates = sorted(set().union(*columns.values()))
     if len(rates) < 2:
@@ -903,7 +907,7 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     trained = dict.fromkeys(f"trained on {c.config['environment']['device']}" for c in study.classifiers)
     runs = {c.row["run"] for c in study.classifiers}
-    longest = sorted(study.choose(study.shown, longest=True), key=Setting.merit, reverse=True)
+    longest = sorted(study.choose(study.listed, longest=True), key=Setting.merit, reverse=True)
 
     def show(beginning: str) -> str:
         names = [name for name in pictures if name.startswith(beginning)]
@@ -919,7 +923,7 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
         probe=probe_section([s for s in longest if s.first.config["model"]["backbone"]]),
         which_layer=show("which-layer") + layers_text(study),
         profile=profile_section(out),
-        few=few_text(study),
+        which=which_models(study),
         results=table(RESULTS, results_rows(study)),
         confusion=show("confusion"),
         learning_curves=show("learning-curves"),

@@ -375,7 +375,7 @@ def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
             if not all(value.isfinite().all() for value in state.values()):
                 raise ValueError("values that are not finite")
         except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
-            if common.of_machine(error):
+            if common.is_system_error(error):
                 raise
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None

@@ -329,8 +329,8 @@ def test_the_best_of_each_kind_stays_beside_the_best():
     make_run("vit", heads)
     make_run("cnn", [make_head(accuracy=0.7)])
     study = study_of("runs/vit", "runs/cnn")
-    assert len(study.models) == 15 and len(study.shown) == 12 and len(study.few) == 4
-    assert {"CNN", "ViT-Tiny class", "ViT-Tiny last"} < set(study.few) and set(study.few) < set(study.shown)
+    assert len(study.models) == 15 and len(study.listed) == 12 and len(study.compared) == 4
+    assert {"CNN", "ViT-Tiny class", "ViT-Tiny last"} < set(study.compared) and set(study.compared) < set(study.listed)
     assert study.models.index("ViT-Tiny grid2") < study.models.index("ViT-Tiny grid10")
     assert len(set(study.colors.values())) == 12
 
@@ -537,7 +537,7 @@ def test_one_bad_run_does_not_flatten_the_curves():
     make_run("bad", [make_head(model="bad", accuracy=0.0)], epochs=3, loss=1e6)
     make_run("vit", [make_head("grid4", model="ViT-Tiny grid4", accuracy=0.9)], epochs=3, feature_seconds=70.0)
     study = study_of(*sorted(Path("runs").iterdir()))
-    figure = evaluate.draw_curves(study, study.choose(study.shown, longest=True))
+    figure = evaluate.draw_curves(study, study.choose(study.listed, longest=True))
     accuracy, loss, time = figure.axes[1], figure.axes[4], figure.axes[5]
     assert loss.get_ylim()[1] < 5 and accuracy.get_ylim()[0] > 40
     assert [bar.get_width() for bar in time.patches] == [0, 4.5, 70, 4.5, 0, 4.5]
