@@ -87,9 +87,11 @@ def data(tiny_data):
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """timm's own model with the real weights."""
-    overlay = {"file": WEIGHTS}
-    return timm.create_model(MODEL, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).eval()
+    """timm's own model with the real weights, read by safetensors."""
+    model = timm.create_model(MODEL)
+    model.load_state_dict(load_file(WEIGHTS))
+    model.reset_classifier(0)
+    return model.eval()
 
 
 def options(*argv):
