@@ -454,7 +454,9 @@ def draw_curves(study: Study, settings: list[Setting]):
         features = s.first.config["feature_seconds"]
         time.barh(-i, features, color=color, edgecolor="white", hatch="//", alpha=0.5)
         time.barh(-i, seconds[-1], left=features, color=color)
-        text = f" {features:.3g} + {seconds[-1]:.3g} s" if features else f" {seconds[-1]:.3g} s"
+        text = f" {seconds[-1]:,.1f} s"
+        if features:
+            text = f" {features:,.0f} + {seconds[-1]:,.1f} s"
         time.text(features + seconds[-1], -i, text, va="center", fontsize=9)
     for key, axes in panels.items():
         split, figures = key.split("_")
@@ -463,15 +465,13 @@ def draw_curves(study: Study, settings: list[Setting]):
         axes.xaxis.get_major_locator().set_params(integer=True)
     leave_out_bad([*by_epoch, by_time], ideal=100)
     leave_out_bad(losses, ideal=0)
-    by_time.set(
-        title=by_epoch[1].get_title(), xlabel="seconds of training, for a probe after its features", xscale="log"
-    )
+    by_time.set(title=by_epoch[1].get_title(), xlabel="seconds, a probe's features aside", xscale="log")
     by_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     by_time.xaxis.set_major_formatter("{x:g}")
     by_time.minorticks_off()
-    time.set(title="time (model, epochs)", xlabel="seconds: features (hatched) + training", xmargin=0.35)
+    time.set(title="time (model, epochs)", xlabel="seconds: features (hatched) + training", xmargin=0.45)
     time.set_yticks(
-        [-i for i in range(len(settings))], [f"{clip(s.model, 18)}, {s.epochs}" for s in settings], fontsize=8
+        [-i for i in range(len(settings))], [f"{clip(s.model, 40)}, {s.epochs}" for s in settings], fontsize=7
     )
     figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return figure
@@ -541,16 +541,20 @@ def draw_layers(study: Study, epoch_counts: list[int]):
 
 def draw_confusions(study: Study):
     """Confusion matrices: a row for each number of epochs, a column for each of a few models."""
-    figure = common.new_figure(1.6 + 2.9 * len(study.compared), 1.5 + 3 * len(study.epoch_counts))
-    grid = figure.subplots(len(study.epoch_counts), len(study.compared), squeeze=False)
-    for (i, epochs), (j, model) in itertools.product(enumerate(study.epoch_counts), enumerate(study.compared)):
-        if (model, epochs) not in study.best:
-            grid[i, j].set_visible(False)
-            continue
-        s = study.best[model, epochs]
-        counts = common.confusion_matrix(s.first.labels, s.first.predictions, len(study.classes))
-        common.draw_confusion(grid[i, j], counts, study.classes, "\n".join([*textwrap.wrap(s.title, 30)]))
-        grid[i, j].label_outer()
+    rows, columns = len(study.epoch_counts), len(study.compared)
+    titles = {pair: textwrap.wrap(s.title, 30) for pair, s in study.best.items() if s.model in study.compared}
+    title_lines = max(map(len, titles.values()))
+    figure = common.new_figure(1.6 + 2.9 * columns, 1.5 + (2.6 + 0.4 * title_lines) * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for panels, epochs in zip(grid, study.epoch_counts):
+        for axes, model in zip(panels, study.compared):
+            if (model, epochs) not in study.best:
+                axes.set_visible(False)
+                continue
+            c = study.best[model, epochs].first
+            counts = common.confusion_matrix(c.labels, c.predictions, len(study.classes))
+            common.draw_confusion(axes, counts, study.classes, "\n".join(titles[model, epochs]))
+            axes.label_outer()
     return figure
 
 
@@ -962,8 +966,8 @@ def terminal_table(rows: list[list]) -> str:
     """The first columns of the results, in at most 100 columns of a terminal."""
     text = ""
     for model, epochs, *others in rows:
-        width = 24 if model.isascii() else 12  # Chinese characters take two columns
-        text += f"{clip(model, width):{width}} {epochs:>6}" + "".join(f"{cell:>17}" for cell in others[:4]) + "\n"
+        width = 41 if model.isascii() else 20  # Chinese characters take two columns
+        text += f"{clip(model, width):{width}} {epochs:>6}" + "".join(f"{cell:>17}" for cell in others[:3]) + "\n"
     return text
 
 
