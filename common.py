@@ -186,8 +186,15 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 # ------------------------------------------------------------------------------------------------ options
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and every option's default."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and every option's default, if it has one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS:
+            return action.help
+        values = default if isinstance(default, list | tuple) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -224,7 +231,9 @@ def training_parser(description: str | None, lr: float, batch_size: int, image_s
     add("--batch-size", type=number(int, 1), default=batch_size, help="images a step, over all processes together")
     add("--lr", type=number(float, 1e-10, 1e3), nargs="+", default=[lr], help="peak learning rate(s)")
     add("--schedule", choices=list(SCHEDULES), nargs="+", default=["cosine"], help="learning-rate schedule(s)")
-    add("--weight-decay", type=number(float, 0, 1e3), default=weight_decay, help="AdamW's decay of the weights")
+    add(
+        "--weight-decay", type=number(float, 0, 1e3), default=weight_decay, help="decay of the weights in the optimiser"
+    )
     add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="share of the target given to all classes")
     add("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="seed(s); each is a run of its own")
     add("--data-dir", default=DATA_DIR, help="folder with train/ and val/, and test/ to report on, a folder a class")
@@ -345,7 +354,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         raise UserError(f"--mixed-precision {precision}: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != world:
         raise alone
-    threads = f"threads of each: {torch.get_num_threads()}, precision {precision}"
+    threads = f"threads of each: {torch.get_num_threads()}, precision {precision.replace('no', 'fp32')}"
     accelerator.print(f"{world} process(es) on {accelerator.device.type}, {threads}")
     return accelerator
 
@@ -755,6 +764,14 @@ class EpochSampler:
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
+def check_batch_size(n: int, batch_size: int, processes: int) -> None:
+    """Raise UserError for a batch size that does not fit the `n` training images or the processes."""
+    if batch_size > n:
+        raise UserError(f"batches of {batch_size}: more than the {n} training images: give a smaller --batch-size")
+    if batch_size % processes:
+        raise UserError(f"--batch-size {batch_size}: not a multiple of the {processes} processes")
+
+
 class Batches:
     """The training batches of an epoch: this process's share of each, on the device.
 
@@ -763,11 +780,8 @@ class Batches:
     """
 
     def __init__(self, accelerator, inputs, labels: torch.Tensor, batch_size: int, seed: int):
-        n, processes = len(labels), accelerator.num_processes
-        if batch_size > n:
-            raise UserError(f"batches of {batch_size}: more than the {n} training images: give a smaller --batch-size")
-        if batch_size % processes:
-            raise UserError(f"--batch-size {batch_size}: not a multiple of the {processes} processes")
+        n = len(labels)
+        check_batch_size(n, batch_size, accelerator.num_processes)
         self.inputs, self.labels = inputs, labels
         self.sampler = EpochSampler(n, batch_size, seed)
         self.loader = accelerator.prepare(DataLoader(range(n), batch_sampler=self.sampler, collate_fn=torch.tensor))
@@ -902,8 +916,8 @@ def run_name(args, given, parser, model: str) -> str:
     With --name the telling ones follow only where the command line (`given`) has several values. Raises
     UserError for a name that is a path.
     """
-    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-        raise UserError(f"--name {args.name}: give a plain folder name, it is made under {RUNS_DIR}/")
+    if args.name is not None and (Path(args.name).name != args.name or args.name[:1] in ("", ".")):
+        raise UserError(f"--name {args.name!r}: give a plain folder name, it is made under {RUNS_DIR}/")
     parts = [args.name or f"{model}-e{args.epochs}"]
     folder = Path(args.data_dir).resolve().name
     if not args.name and folder != DATA_DIR:
@@ -1447,6 +1461,8 @@ def load_weights(model: nn.Module, run: str | Path, config: dict) -> nn.Module:
 
 def read_files(files: list[str | Path], config: dict) -> torch.Tensor:
     """Image files as the images of a run folder's data: uint8 [N, C, S, S]. Raises UserError as `read_image`."""
+    if isinstance(files, str | Path):
+        files = [files]
     images = read_images([Path(file) for file in files], "reading")
     return stack_images(images, config["options"]["image_size"], config["data"]["channels"])
 

@@ -13,6 +13,7 @@ Exit code 0: all evaluated; 1: some run was left out, as stderr and the report s
 """
 
 import csv
+import difflib
 import functools
 import io
 import itertools
@@ -35,7 +36,7 @@ import common
 from common import UserError
 
 # What a reader can take, and a report of 200 lines.
-MAX_LISTED = 12  # models in a table
+MAX_LISTED = 12  # models in a table, and settings in the curves
 MAX_COMPARED = 4  # models side by side
 # Options in which a model is trained in several ways.
 SETTING = {"epochs", "lr", "schedule", "seed"}
@@ -58,6 +59,7 @@ Every classifier with its options and figures: [runs.csv](runs.csv).
 ## 2 The CNN
 
 {cnn}
+{learning_curves}
 ## 3 The probe on ViT-Tiny
 
 {probe}
@@ -69,12 +71,11 @@ Every classifier with its options and figures: [runs.csv](runs.csv).
 
 Learning rate and schedule are the best by validation for each model and number of epochs. ±: standard deviation \
 over seeds (n - 1). 95% interval: Wilson's, for other images, not for other seeds. Training: in the best epoch, on \
-augmented images. Seconds: of a run's training and validation with its features' forward passes, so of all heads of a \
-probe together. {which}
+augmented images, but for a probe without --views. Seconds: of a run's training and validation with its features' \
+forward passes, so of all heads of a probe together. {which}
 
 {results}
 {confusion}
-{learning_curves}
 ### Differences
 
 Two models on the same images. Only A, only B: images that only one of them has right. p: McNemar's exact test. 95% \
@@ -84,7 +85,7 @@ one seed; the last column is the mean over all seeds that both have.
 {pairs}
 ### Classes
 
-F1, mean over the seeds; of many classes the ten that are hardest.
+F1, mean over the seeds; of many classes the eight that are hardest.
 
 {classes}
 ### Learning rates
@@ -371,9 +372,13 @@ class Study:
         self.epoch_counts = counts if len(counts) <= 3 else [counts[0], *counts[-2:]]
         ranked = self.rank()
         self.models = sorted(ranked, key=natural)
-        self.listed = sorted(ranked[: MAX_LISTED if len(counts) < 3 else MAX_LISTED // 2], key=natural)
+        self.listed = sorted(self.list_models(ranked), key=natural)
         self.compared = sorted(ranked[:MAX_COMPARED], key=natural)
         self.colors = dict(zip(self.listed, COLORS))
+        unlisted = [model for model in self.models if model not in self.listed]
+        if unlisted:
+            names = ", ".join(unlisted)
+            self.notes.append(f"only in runs.csv, as other models are better by validation: {names}")
 
     def group(self) -> list[Setting]:
         """The settings; where two classifiers would be the same seed of one, the second is noted and not counted."""
@@ -386,7 +391,23 @@ class Study:
                 repeats[c.row["run"], kept.row["run"]] += 1
         for (run, other), count in repeats.items():
             self.notes.append(f"{run} repeats {other} ({count} of its classifiers): counted once")
+        for setting in settings.values():
+            if len({c.config.get("script") for c in setting.seeds.values()}) > 1:
+                self.notes.append(
+                    f"{setting.title}: the script was changed between its seeds: give a --name to a change that "
+                    "repr(model) does not show"
+                )
         return list(settings.values())
+
+    def list_models(self, ranked: list[str]) -> list[str]:
+        """As many of the models as a table can take."""
+        most_rows = 24 if len(self.epoch_counts) < 3 else 16
+        listed, rows = [], 0
+        for model in ranked[:MAX_LISTED]:
+            rows += sum((model, epochs) in self.best for epochs in self.epoch_counts)
+            if rows <= most_rows:
+                listed.append(model)
+        return listed
 
     def rank(self) -> list[str]:
         """The models from best to worst, but first the best of each kind, or one kind could fill the report."""
@@ -427,9 +448,13 @@ def leave_out_bad(panels: list, ideal: float) -> None:
 
     Otherwise one bad run would flatten the others.
     """
-    bands = [band.get_paths()[0].vertices[:, 1] for axes in panels for band in axes.collections]
-    distances = np.abs(np.concatenate(bands) - ideal)
+    of_panels = []
+    for axes in panels:
+        values = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+        of_panels.append(np.abs(np.concatenate(values) - ideal))
+    distances = np.concatenate(of_panels)
     limit = 8 * max(np.quantile(distances, 0.25), 6 if ideal else 0.25)
+    limit = max(limit, *(of_panel.min() for of_panel in of_panels))  # no panel is empty
     shown = distances[distances <= limit]
     margin = 0.05 * np.ptp(shown) or 1
     near, far = shown.min() - margin, shown.max() + margin
@@ -444,9 +469,12 @@ def draw_curves(study: Study, settings: list[Setting]):
     figure = common.new_figure(13, 7 + 0.15 * len(settings))
     (*by_epoch, by_time), (*losses, time) = figure.subplots(2, 3)
     panels = dict(zip(["train_accuracy", "val_accuracy", "train_loss", "val_loss"], by_epoch + losses))
+    kinds = [("-", "o"), ("--", "^"), (":", "s")]  # the longest runs first
+    epoch_counts = sorted({s.epochs for s in settings}, reverse=True)
     for i, s in enumerate(settings):
-        color, dashed = study.colors[s.model], s.epochs < max(study.epoch_counts)
-        style = {"color": color, "linestyle": "--" if dashed else "-", "marker": "^" if dashed else "o"}
+        linestyle, marker = kinds[min(2, epoch_counts.index(s.epochs))]
+        color = study.colors[s.model]
+        style = {"color": color, "linestyle": linestyle, "marker": marker}
         for key, axes in panels.items():
             plot_band(axes, range(1, s.epochs + 1), s.curve(key), **style)
         seconds = list(itertools.accumulate(map(fmean, s.curve("seconds"))))
@@ -462,7 +490,7 @@ def draw_curves(study: Study, settings: list[Setting]):
         split, figures = key.split("_")
         unit = {"accuracy": "%", "loss": "nats"}[figures]
         axes.set(title=f"{SPLITS[split]} {figures} ({unit})", xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     leave_out_bad([*by_epoch, by_time], ideal=100)
     leave_out_bad(losses, ideal=0)
     by_time.set(title=by_epoch[1].get_title(), xlabel="seconds, a probe's features aside", xscale="log")
@@ -554,7 +582,15 @@ def draw_confusions(study: Study):
             c = study.best[model, epochs].first
             counts = common.confusion_matrix(c.labels, c.predictions, len(study.classes))
             common.draw_confusion(axes, counts, study.classes, "\n".join(titles[model, epochs]))
-            axes.label_outer()
+    # Labels on the left and below, where the first and the last panel may be missing.
+    for panels in grid:
+        for axes in [axes for axes in panels if axes.get_visible()][1:]:
+            axes.tick_params(labelleft=False)
+            axes.set_ylabel("")
+    for panels in grid.T:
+        for axes in [axes for axes in panels if axes.get_visible()][:-1]:
+            axes.tick_params(labelbottom=False)
+            axes.set_xlabel("")
     return figure
 
 
@@ -611,8 +647,11 @@ def plan_pictures(study: Study) -> dict:
 
 def plan_charts(study: Study) -> dict:
     """The pictures that need no images."""
-    curves = study.choose(study.listed, longest=len(study.listed) > MAX_COMPARED)
     caption = "Learning curves: means over the seeds, bands from least to most; what is far worse lies outside"
+    curves = study.choose(study.listed)
+    if len(curves) > MAX_LISTED:
+        curves = study.choose(study.listed, longest=True)
+        caption += "; of each model only the run of the most epochs"
     pictures = {
         "learning-curves.png": (caption, lambda: draw_curves(study, curves)),
         "confusion.png": ("Confusion matrices of the lowest seed", lambda: draw_confusions(study)),
@@ -621,7 +660,10 @@ def plan_charts(study: Study) -> dict:
     swept = {epochs for (_, _, epochs), count in rates.items() if count >= 3}
     swept = [epochs for epochs in study.epoch_counts if epochs in swept]
     if swept:
-        pictures["accuracy-by-lr.png"] = "Accuracy by learning rate", lambda: draw_rates(study, swept)
+        pictures["accuracy-by-lr.png"] = (
+            "Accuracy by learning rate: means over the seeds, bands from least to most",
+            lambda: draw_rates(study, swept),
+        )
     layered = [epochs for epochs in study.epoch_counts if len(study.blocks(epochs)) >= 3]
     if layered:
         pictures["which-layer.png"] = "Which layer?", lambda: draw_layers(study, layered)
@@ -665,9 +707,11 @@ def plan_images(study: Study, taken: dict) -> dict:
 
     augmented = [c for c in study.classifiers if c.head["features"] is None or c.options.get("views")]
     for c in augmented[:1]:
-        caption = "A training image of each class as it is stored, and as the first epochs see it"
+        caption = f"A training image of each class as it is stored, and as the first epochs of {c.row['model']} see it"
         plan("augmentation.png", caption, c, "train", functools.partial(draw_augmentation, c, study.classes))
     for i, s in enumerate(study.choose(study.compared, longest=True), 1):
+        if (s.first.predictions == s.first.labels).all():
+            continue
         slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24].strip("-")
         name = f"mistakes-{slug}.png"
         if not slug or name in taken or name in pictures:
@@ -749,14 +793,34 @@ def cnn_section(settings: list[Setting]) -> str:
     text = table(["Layer", "Output", "Parameters"], rows[:14])
     text += f"\n{model['parameters']:,} parameters in {len(rows)} layers. {training_text(best)}"
     if others:
-        counts = [f"{escape(s.model)}: {s.first.row['parameters']:,}" for s in others]
-        text += f"\nParameters of the others: {'; '.join(counts)}.\n"
+        text += (
+            f"\nThe others, with their layers (type and output) that {escape(best.model)} has not (+) or has (-):\n\n"
+        )
+        text += list_some([changes_text(s, best) for s in others], 4)
     return text
 
 
+def changes_text(s: Setting, best: Setting) -> str:
+    """In what a CNN differs from the best one."""
+    layers = []
+    for setting in (best, s):
+        named = setting.first.config["model"]["layers"]
+        layers.append([f"{name.split()[-1]} {'x'.join(map(str, shape))}" for name, shape, _ in named])
+    changes = [line for line in difflib.ndiff(*layers) if line[0] in "+-"]
+    optimizer = s.first.config["model"]["optimizer"]
+    if optimizer != best.first.config["model"]["optimizer"]:
+        changes.append(optimizer)
+    changes += differing_options(s.first.options, [best.first.options, s.first.options])
+    changes = clip(", ".join(changes), 300) or "the same layers, optimiser and options"
+    return f"{s.model}: {s.first.row['parameters']:,} parameters; {changes}"
+
+
 def training_text(s: Setting) -> str:
-    options = ", ".join(option_text(key, value) for key, value in s.first.options.items())
-    optimizer = clip(s.first.config["model"]["optimizer"], 80)
+    options = s.first.options
+    if options.get("views") == 0:  # a probe on the plain images
+        options = {key: value for key, value in options.items() if key not in ("crop_scale", "no_flip")}
+    options = ", ".join(option_text(key, value) for key, value in options.items())
+    optimizer = clip(s.first.config["model"]["optimizer"], 200)
     return escape(f"{s.title}: learning rate {s.lr:g} ({s.schedule}), {options}, {optimizer}") + "\n"
 
 
@@ -795,8 +859,8 @@ def profile_section(out: Path) -> str:
     if not (out / "profile.json").exists():
         return f"Not measured yet: `python profile_models.py --out {out.as_posix()}`\n"
     profile = common.read_json(out / "profile.json")
-    rows = table(profile["header"], profile["rows"][:8])
-    return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'], 5)}"
+    rows = table(profile["header"], profile["rows"][:4])
+    return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'][:5], 5)}"
 
 
 RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "Validation (%)", "Learning rate", "Seeds"]
@@ -808,8 +872,9 @@ def which_models(study: Study) -> str:
     if len(study.models) <= len(study.compared):
         return ""
     return (
-        f"Of {len(study.models)} models the {len(study.listed)} best by validation; side by side "
-        f"{escape(', '.join(study.compared))}, the best and the best of each kind; all are in runs.csv."
+        f"Listed are {len(study.listed)} of {len(study.models)} models. Side by side (confusion matrices, differences, "
+        f"classes, learning rates, mistakes): {escape(', '.join(study.compared))}, the best by validation, among them "
+        "the best of each kind of model."
     )
 
 
@@ -881,7 +946,7 @@ def classes_table(study: Study) -> str:
             of_seeds.append(f1_score(c.labels, c.predictions, labels=labels, average=None, zero_division=0))
         columns[s.title] = np.mean(of_seeds, 0)
     support = np.bincount(s.first.labels, minlength=len(labels))
-    hardest = np.argsort(sum(columns.values()), kind="stable")[:10]
+    hardest = np.argsort(sum(columns.values()), kind="stable")[:8]
     rows = []
     for i in sorted(hardest):
         rows.append([study.classes[i], *(f"{column[i]:.4f}" for column in columns.values()), support[i]])
@@ -889,18 +954,21 @@ def classes_table(study: Study) -> str:
 
 
 def rates_table(study: Study) -> str:
-    """Validation accuracy by rate, for the schedule of the best: a column a model and number of epochs."""
-    columns = {}
+    """Validation accuracy: a row for each rate and schedule, a column for a few models and numbers of epochs."""
+    chosen = study.choose(study.compared)
+    titles = sorted({s.title for s in chosen}, key=natural)[:8]
+    rows = {}
     for s in study.settings:
-        best = study.best[s.model, s.epochs]
-        if best in study.choose(study.compared) and s.schedule == best.schedule:
-            columns.setdefault(f"{s.title}, {s.schedule}", {})[s.lr] = mean_sd(s.values("val_accuracy"))
-    rates = sorted(set().union(*columns.values()))
-    if len(rates) < 2:
+        if s.title in titles:
+            row = rows.setdefault((s.schedule, s.lr), {})
+            row[s.title] = mean_sd(s.values("val_accuracy"))
+    if len(rows) < 2:
         return "Only one was tried; `--lr 1e-3 5e-3 2e-2` tries several, for either training script.\n"
-    names = sorted(columns, key=natural)[:8]
-    rows = [[f"{rate:g}", *(columns[name].get(rate, "") for name in names)] for rate in rates[:8]]
-    return "Validation accuracy (%):\n\n" + table(["Learning rate", *names], rows)
+    cells = []
+    for schedule, rate in sorted(rows)[:10]:
+        row = rows[schedule, rate]
+        cells.append([f"{rate:g}", schedule, *(row.get(title, "") for title in titles)])
+    return "Validation accuracy (%):\n\n" + table(["Learning rate", "Schedule", *titles], cells)
 
 
 def write_report(study: Study, pictures: dict, out: Path) -> str:
@@ -936,7 +1004,7 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
         rates=rates_table(study),
         accuracy_by_lr=show("accuracy-by-lr"),
         mistakes=show("mistakes"),
-        left_out=list_some(study.notes, 6) or "Nothing.\n",
+        left_out=list_some(study.notes, 4) or "Nothing.\n",
         conclusions=kept[0].strip() + "\n" if kept else CONCLUSIONS,
         versions=list_some([f"evaluated on {machine['device']} with {versions}", *trained], 4),
     )

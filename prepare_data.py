@@ -155,6 +155,8 @@ def read_source(source: str, classes: list[str]) -> dict:
                 raise UserError(f"download failed ({error!r}): try later, or give another --source") from None
             return read_source(folder, classes)
     root = Path(source)
+    if not root.exists():
+        raise UserError(f"{source}: no such file or folder: give --source a zip, a folder, or the word download")
     if not root.is_dir():
         archive = load(source, zipfile.ZipFile)
         for entry in archive.infolist():

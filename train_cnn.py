@@ -122,6 +122,7 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
 def describe(args, data: common.Data, accelerator, model, optimizer, images: common.Images) -> dict:
     """What config.json says of a run."""
     name = args.name or "CNN"
+    # A run can train several classifiers, as the probe's does; here it is one.
     head = {"name": "cnn", "model": name, "lr": args.lr, "schedule": args.schedule, "features": None}
     example = images.plain(torch.zeros(1, dtype=torch.int64, device=accelerator.device))
     config = common.make_config(args, accelerator, data, model, optimizer, example, [head])
@@ -159,7 +160,7 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tupl
 
 
 def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int) -> torch.Tensor:
-    """Log-probabilities float32 [N, classes] of the images of a split."""
+    """Log-probabilities float32 [N, classes] of the images of a split, in eval mode and without gradients."""
     images = training.images[split]
     logits = common.predict(accelerator, training.model, images.plain, len(images), batch_size)
     return logits.float().log_softmax(1)
@@ -173,6 +174,7 @@ def train(args, name: str, data: common.Data, accelerator) -> None:
         run.show_images(training.images["train"])
         for epoch in run.epochs(args.epochs):
             steps = train_epoch(accelerator, training, epoch)
+            # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
             run.end_epoch(steps, predict(accelerator, training, "val", args.batch_size))
         run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
 
@@ -206,7 +208,7 @@ def load_classifier(run: str | Path):
     def classify(files: list[str | Path]) -> list[dict[str, float]]:
         pixels = common.read_files(files, config)
         images = common.Images(pixels, options["image_size"], config["model"]["mean"], config["model"]["std"])
-        return common.name_classes(model(images.plain(torch.arange(len(files)))), classes)
+        return common.name_classes(model(images.plain(torch.arange(len(pixels)))), classes)
 
     return classify
 
@@ -221,7 +223,8 @@ def main() -> int:
     runs = list(common.each_run(args, "lr", "schedule", "seed"))
     names = [common.run_name(one, args, parser, "cnn") for one in runs]
     accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
-    common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))  # before any work
+    if not args.sanity_check:  # which writes no run
+        common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))
     common.prepare_default_data(accelerator, args.data_dir)
     data = common.load_data(args.data_dir, args.image_size)
     accelerator.print(common.summary(data))

@@ -310,7 +310,8 @@ def find_weights(named: str | None) -> Path:
     """The pretrained weights' file: `named`, else from the hub or its cache. Raises UserError if there is none."""
     if named:
         if not Path(named).is_file():
-            raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
+            what = "not a file" if Path(named).exists() else "no such file"
+            raise UserError(f"{named}: {what}: give --weights, or VIT_TINY_WEIGHTS, the file of {BACKBONE}'s weights")
         return Path(named)
     import urllib.error
     import urllib.request
@@ -377,7 +378,7 @@ def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
         except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
             if common.is_system_error(error):
                 raise
-            why = " ".join(str(error).split())[:200] or type(error).__name__
+            why = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
             raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
     return vit.eval().requires_grad_(False)
 
@@ -419,7 +420,7 @@ def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) 
         features[name] = [x for x, _ in found] if name == "train" else found[0][0]
         # What the homework's clock shows: a model that is only trained needs no features of test images.
         seconds += sum(s for _, s in found) if name != "test" else 0.0
-    accelerator.print(f"features: {seconds:.1f} s of forward passes, done once and kept in {CACHE}/")
+    accelerator.print(f"features: kept in {CACHE}/; their forward passes took {seconds:.1f} s, those of test/ aside")
     return features, seconds
 
 
@@ -569,10 +570,12 @@ def main() -> int:
     prefix = {"pretrained": "vit", "random": "vit-random", "recorded features": "vit-recorded"}[kind]
     runs = list(common.each_run(args, "seed"))
     names = [common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}") for one in runs]
-    common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))  # before any work
+    if not args.sanity_check:  # which writes no run
+        common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))
     common.prepare_default_data(accelerator, args.data_dir)
     data = common.load_data(args.data_dir, args.image_size)
     accelerator.print(common.summary(data))
+    common.check_batch_size(len(data.splits["train"].labels), args.batch_size, accelerator.num_processes)
     backbone, identity = open_backbone(kind, file, all_parts(args.features), args.image_size, accelerator)
     if args.sanity_check:
         return sanity_check(runs[0], data, backbone, identity, accelerator)

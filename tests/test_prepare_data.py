@@ -606,7 +606,7 @@ def test_bad_archives_are_refused(tmp_path, content, message):
         ("--val-fraction nan", "--val-fraction"),
         ("--seed -1", "--seed"),
         ("--classes Coat Bag", "0 different train images of Coat"),
-        ("--source nowhere.zip", "nowhere.zip: No such file"),
+        ("--source nowhere.zip", "nowhere.zip: no such file or folder"),
         ("--source file", "'file': damaged, or not what its name says"),
         ("--source .", "0 different train images of Shirt"),
         ("--out file/data", "file"),
@@ -631,7 +631,9 @@ def test_help_shows_the_examples(monkeypatch, capsys):
 
 def test_works_without_docstrings(tmp_path):
     run = [sys.executable, "-OO", str(ROOT / "prepare_data.py"), "--source", "nowhere"]
-    assert_user_error(subprocess.run(run, cwd=tmp_path, capture_output=True, text=True), "nowhere: No such file")
+    assert_user_error(
+        subprocess.run(run, cwd=tmp_path, capture_output=True, text=True), "nowhere: no such file or folder"
+    )
 
 
 def mutate(data, rng):
