@@ -391,7 +391,7 @@ def open_backbone(kind: str, file: Path | None, parts: list[str], image_size: in
     precision = accelerator.mixed_precision
     if accelerator.device.type == "cpu" and precision == "bf16":
         for block in vit.blocks:
-            block.attn.fused_attn = False  # two plain products are faster in bf16 on a CPU: results/speed.md
+            block.attn.fused_attn = False  # two plain products are faster in bf16 on a CPU
     identity = {
         "name": BACKBONE,
         "weights": kind,
