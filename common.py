@@ -705,6 +705,20 @@ class Images:
         self.std = 255 * torch.tensor(std, device=images.device)[:, None, None]
         self.drawn_for = None
 
+    @classmethod
+    def from_options(cls, images, options: dict, mean, std, bicubic=False) -> "Images":
+        """With the size and the augmentation of a training script's options, as config.json has them too."""
+        return cls(
+            images,
+            options["image_size"],
+            mean,
+            std,
+            bicubic,
+            crop_scale=options["crop_scale"],
+            flip=not options["no_flip"],
+            seed=options["seed"],
+        )
+
     def __len__(self):
         return len(self.images)
 
@@ -903,6 +917,11 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
 
 # Options that change neither what a run computes nor its name.
 NO_EFFECT = {"resume", "name", "sanity_check", "weights", "data_dir"}
+
+
+def epochs_text(epochs: int) -> str:
+    """A number of epochs for a reader: "1 epoch", "10 epochs"."""
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
 
 
 def short(value) -> str:
@@ -1429,7 +1448,7 @@ class Run:
         best = max(range(len(results)), key=lambda h: results[h]["accuracy"])
         counts = confusion_matrix(labels, log_probs[best].argmax(1), len(self.data.classes))
         epochs = options["epochs"]
-        title = f"{self.config['heads'][best]['model']}, {epochs} epoch{'s' * (epochs > 1)}, validation"
+        title = f"{self.config['heads'][best]['model']}, {epochs_text(epochs)}, validation"
         self.board.log_confusion(counts, self.data.classes, title, epochs)
         self.board.writer.flush()
 

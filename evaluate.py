@@ -285,7 +285,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {self.epochs} epoch{'s' * (self.epochs > 1)}"
+        return f"{self.model}, {common.epochs_text(self.epochs)}"
 
     @property
     def first(self) -> Classifier:
@@ -432,6 +432,10 @@ class Study:
                 found.setdefault(int(block[1]), s)
         return dict(sorted(found.items()))
 
+    def layered(self) -> list[int]:
+        """The numbers of epochs at which enough blocks were trained to compare them."""
+        return [epochs for epochs in self.epoch_counts if len(self.blocks(epochs)) >= 3]
+
 
 # ------------------------------------------------------------------------------------------------ pictures
 
@@ -510,7 +514,7 @@ def row_of_panels(epoch_counts: list[int], **settings):
     figure = common.new_figure(2 + 5 * len(epoch_counts), 5)
     panels = figure.subplots(1, len(epoch_counts), squeeze=False, sharey=True)[0]
     for axes, epochs in zip(panels, epoch_counts):
-        axes.set(title=f"{epochs} epoch{'s' * (epochs > 1)}", ylabel="validation accuracy (%)", **settings)
+        axes.set(title=common.epochs_text(epochs), ylabel="validation accuracy (%)", **settings)
     return figure, dict(zip(epoch_counts, panels))
 
 
@@ -612,16 +616,8 @@ def draw_mistakes(s: Setting, classes: list[str], split: common.Split):
 
 def draw_augmentation(c: Classifier, classes: list[str], split: common.Split):
     """Of each class (ten at most) a training image, and what the run sees of it in its first five epochs."""
-    model, options = c.config["model"], c.config["options"]
-    images = common.Images(
-        split.images,
-        options["image_size"],
-        model["mean"],
-        model["std"],
-        crop_scale=options["crop_scale"],
-        flip=not options["no_flip"],
-        seed=options["seed"],
-    )
+    model = c.config["model"]
+    images = common.Images.from_options(split.images, c.config["options"], model["mean"], model["std"])
     labels = split.labels.tolist()
     index = torch.tensor([labels.index(label) for label in range(len(classes))][:10])
     columns = {"stored": images.plain(index)}
@@ -664,8 +660,7 @@ def plan_charts(study: Study) -> dict:
             "Accuracy by learning rate: means over the seeds, bands from least to most",
             lambda: draw_rates(study, swept),
         )
-    layered = [epochs for epochs in study.epoch_counts if len(study.blocks(epochs)) >= 3]
-    if layered:
+    if layered := study.layered():
         pictures["which-layer.png"] = "Which layer?", lambda: draw_layers(study, layered)
     return pictures
 
@@ -838,10 +833,9 @@ def probe_section(settings: list[Setting]) -> str:
 
 def layers_text(study: Study) -> str:
     """Which block is best by validation, and whether that is more than chance; nothing where none were compared."""
-    compared = [epochs for epochs in study.epoch_counts if len(study.blocks(epochs)) >= 3]
-    if not compared:
+    if not study.layered():
         return ""
-    epochs = max(compared)
+    epochs = max(study.layered())
     values = {block: s.values("val_accuracy") for block, s in study.blocks(epochs).items()}
     means = {block: fmean(of_block) for block, of_block in values.items()}
     best, n = max(means, key=means.get), study.classifiers[0].config["data"]["counts"]["val"]
@@ -971,8 +965,8 @@ def rates_table(study: Study) -> str:
     return "Validation accuracy (%):\n\n" + table(["Learning rate", "Schedule", *titles], cells)
 
 
-def write_report(study: Study, pictures: dict, out: Path) -> str:
-    """The text of report.md; the conclusions of the one that is there are kept."""
+def write_report(study: Study, results: list[list], pictures: dict, out: Path) -> str:
+    """The text of report.md, with the cells `results`; the conclusions of the one that is there are kept."""
     old = (out / "report.md").read_text("utf-8", "replace") if (out / "report.md").exists() else ""
     kept = re.search(r"^## 7 .*?(?=^## 8 )", old, re.M | re.S)
     machine = common.environment()
@@ -996,7 +990,7 @@ def write_report(study: Study, pictures: dict, out: Path) -> str:
         which_layer=show("which-layer") + layers_text(study),
         profile=profile_section(out),
         which=which_models(study),
-        results=table(RESULTS, results_rows(study)),
+        results=table(RESULTS, results),
         confusion=show("confusion"),
         learning_curves=show("learning-curves"),
         pairs=pairs_table(study),
@@ -1074,7 +1068,8 @@ def main() -> int:
     study = Study(classifiers, left_out)
     pictures = plan_pictures(study)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = write_report(study, pictures, args.out)
+    results = results_rows(study)
+    report = write_report(study, results, pictures, args.out)
     clear_old(args.out, ["report.md", "runs.csv", *pictures])
     # The text first: what goes wrong in a picture must not cost it.
     common.atomic_write(args.out / "runs.csv", csv_text(study))
@@ -1082,7 +1077,7 @@ def main() -> int:
     with common.drawing(*study.classes, *study.models):
         for name, (_, draw) in tqdm(pictures.items(), "drawing", leave=False, delay=1, disable=None):
             common.atomic_write(args.out / name, common.png(draw()))
-    print(terminal_table([RESULTS, *results_rows(study)]), *study.notes[len(left_out) :], sep="\n")
+    print(terminal_table([RESULTS, *results]), *study.notes[len(left_out) :], sep="\n")
     print(f"written: {args.out / 'report.md'}, with runs.csv and {len(pictures)} pictures beside it")
     return 1 if left_out else 0
 

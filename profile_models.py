@@ -107,7 +107,7 @@ def build(row: str, data_dir: str, accelerator):
     else:
         parts = probe.all_parts(options.features)
         backbone, identity = probe.open_backbone("random", None, parts, options.image_size, accelerator)
-        features = torch.randn(len(split.labels), sum(map(probe.values, parts)))
+        features = torch.randn(len(split.labels), probe.count_values(parts))
         training = probe.build(options, data, {"train": [features.half()]}, identity, accelerator)
     if row == "vit":  # on images, with the backbone before the heads
         training.model = nn.Sequential(backbone, training.model)

@@ -72,22 +72,6 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def make_images(args, data: common.Data, device, mean: list[float], std: list[float]) -> dict[str, common.Images]:
-    """The images of each split on the device, to be normalised by `mean` and `std` of each channel."""
-    images = {}
-    for name, split in data.splits.items():
-        images[name] = common.Images(
-            split.images.to(device),
-            args.image_size,
-            mean,
-            std,
-            crop_scale=args.crop_scale,
-            flip=not args.no_flip,
-            seed=args.seed,
-        )
-    return images
-
-
 def build(args, data: common.Data, accelerator) -> SimpleNamespace:
     """Model, optimiser, loss, batches and the rest that a run trains with, and its `config` for config.json.
 
@@ -95,7 +79,9 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
     """
     device = accelerator.device
     mean, std = common.mean_and_std(data.splits["train"].images)
-    images = make_images(args, data, device, mean, std)
+    images = {}
+    for name, split in data.splits.items():
+        images[name] = common.Images.from_options(split.images.to(device), vars(args), mean, std)
     torch.manual_seed(common.key_seed(args.seed, "init"))
     model = CNN(data.channels, len(data.classes), args.image_size, mirror=not args.no_flip)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
@@ -207,7 +193,7 @@ def load_classifier(run: str | Path):
     @torch.no_grad()
     def classify(files: list[str | Path]) -> list[dict[str, float]]:
         pixels = common.read_files(files, config)
-        images = common.Images(pixels, options["image_size"], config["model"]["mean"], config["model"]["std"])
+        images = common.Images.from_options(pixels, options, config["model"]["mean"], config["model"]["std"])
         return common.name_classes(model(images.plain(torch.arange(len(pixels)))), classes)
 
     return classify

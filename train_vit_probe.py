@@ -405,8 +405,7 @@ def open_backbone(kind: str, file: Path | None, parts: list[str], image_size: in
 def make_images(split: common.Split, args, device) -> common.Images:
     """Images of a split as the ViT takes them, but for the channels."""
     mean, std = [MEAN] * split.images.shape[1], [STD] * split.images.shape[1]
-    augmentation = {"crop_scale": args.crop_scale, "flip": not args.no_flip, "seed": args.seed}
-    return common.Images(split.images.to(device), args.image_size, mean, std, bicubic=True, **augmentation)
+    return common.Images.from_options(split.images.to(device), vars(args), mean, std, bicubic=True)
 
 
 def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) -> tuple[dict, float]:
