@@ -9,7 +9,6 @@ so a resumed run equals an uninterrupted one bit for bit.
 import argparse
 import contextlib
 import ctypes
-import errno
 import functools
 import hashlib
 import io
@@ -94,21 +93,27 @@ def cli(main) -> None:
         if isinstance(error, OSError):
             message = f"{error.filename or 'writing'}: {error.strerror}: free the place, or choose another"
     if message and os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody takes it any more; or Python would complain when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # nobody takes it any more; or Python would complain when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291); all is written by now.
         os._exit(code)
     sys.exit(code)
 
 
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, for a message of ours."""
-    return str(error).split("\n")[0][:100]
+def clip(text: str, length: int) -> str:
+    """The text, or the beginning of it, in at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def brief(error: BaseException) -> str:
+    """A library's error message, in one line and not too long, to be part of ours."""
+    return clip(" ".join(str(error).split()), 120) or type(error).__name__
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -231,16 +236,18 @@ def training_parser(description: str | None, lr: float, batch_size: int, image_s
     add("--batch-size", type=number(int, 1), default=batch_size, help="images a step, over all processes together")
     add("--lr", type=number(float, 1e-10, 1e3), nargs="+", default=[lr], help="peak learning rate(s)")
     add("--schedule", choices=list(SCHEDULES), nargs="+", default=["cosine"], help="learning-rate schedule(s)")
-    add(
-        "--weight-decay", type=number(float, 0, 1e3), default=weight_decay, help="decay of the weights in the optimiser"
-    )
+    add("--weight-decay", type=number(float, 0, 1e3), default=weight_decay, help="the optimiser's weight decay")
     add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="share of the target given to all classes")
     add("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="seed(s); each is a run of its own")
     add("--data-dir", default=DATA_DIR, help="folder with train/ and val/, and test/ to report on, a folder a class")
     add("--image-size", type=number(int, 8, 1024), default=image_size, help="side of the model's input in pixels")
     add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="smallest area of a random crop, as a share")
     add("--no-flip", action="store_true", help="never mirror an image: for digits, letters, road signs")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: bf16 where the processor computes it")
+    add(
+        "--mixed-precision",
+        choices=["no", "fp16", "bf16"],
+        help="default: the launcher's, else bf16 if the chip has it",
+    )
     add("--name", help="the model's name in tables and its folder under runs/; default: made from the options")
     add("--resume", action="store_true", help="go on with the run of these options, or start it if there is none")
     add("--deterministic", action="store_true", help="deterministic GPU kernels (slower)")
@@ -271,7 +278,8 @@ def generator(*key) -> torch.Generator:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a step frees for the next step, instead of handing it to the system.
 
-    What the system gives anew it fills with zeros first, page by page. Elsewhere than on glibc: nothing.
+    What the system gives anew it fills with zeros first, page by page: without this a step of the CNN takes 1.16 times
+    as long (tools/speed.py, two cores of an AMD EPYC). Elsewhere than on glibc: nothing.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
@@ -294,22 +302,22 @@ def check_settings() -> None:
             raise UserError(f"{name}={value}: not supported here, only {' or '.join(values)}: unset it")
 
 
-def choose_precision(asked: str | None) -> str:
+def choose_precision(asked: str | None, cpu: bool) -> str:
     """ "no" (float32), "bf16" or "fp16": what was asked for, else bf16 where the processor computes it.
 
-    Raises UserError for fp16 without a GPU, where Accelerate would go on in float32.
+    Raises UserError for fp16 on a CPU, where Accelerate would go on in float32.
     """
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision = asked or configured
-    if precision == "fp16" and not torch.accelerator.is_available():
+    if precision == "fp16" and cpu:
         setting = "--mixed-precision fp16" if asked else "ACCELERATE_MIXED_PRECISION=fp16"
         raise UserError(f"{setting}: needs a GPU: give --mixed-precision bf16 or no")
     if precision:
         return precision
-    if torch.accelerator.is_available():
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    if cpu:
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    else:
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "no"
 
 
@@ -321,10 +329,12 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
 
     keep_freed_memory()
     check_settings()
-    precision, world = choose_precision(mixed_precision), int(os.environ.get("WORLD_SIZE", 1))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    precision, world = choose_precision(mixed_precision, cpu), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # a notebook's kernel remembers the last script's
     launched = any(key.startswith("ACCELERATE_") or key == "WORLD_SIZE" for key in os.environ)
@@ -341,7 +351,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     )
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without it two CPU processes do not find each other
+            cpu=cpu,  # without it two CPU processes do not find each other
             mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
@@ -351,7 +361,7 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         if "DynamoBackend" in str(error):
             backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND")
             raise UserError(f"ACCELERATE_DYNAMO_BACKEND={backend}: not known to Accelerate: unset it") from None
-        raise UserError(f"--mixed-precision {precision}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--mixed-precision {precision}: {brief(error)}") from None
     if accelerator.num_processes != world:
         raise alone
     threads = f"threads of each: {torch.get_num_threads()}, precision {precision.replace('no', 'fp32')}"
@@ -436,7 +446,7 @@ class Data:
     channels: int
     path: str
 
-    @functools.cached_property
+    @property
     def description(self) -> dict:
         """What config.json records of the data, to tell the same images from others later."""
         return {
@@ -499,7 +509,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 1000 * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} px is too large: scale it down")
+                raise ValueError(f"{image.width} x {image.height} px is too large or too narrow: scale or crop it")
             if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
                 raise ValueError(f"mode {image.mode} is not supported: convert it to 8-bit grey or RGB")
             if image.getexif():
@@ -559,17 +569,15 @@ def find_images(root: Path, split: str, classes: list[str]) -> dict[str, list[Pa
     UserError for another split that is missing, and for classes that differ.
     """
     folders = class_folders(root / split)
-    if split == "test":
-        if not folders.keys() & set(classes or folders):
-            return {}
-        different = set(folders) - set(classes or folders)
-    else:
-        if not (root / split).is_dir():
-            raise UserError(
-                f"{root / split}: no such folder: make the default data with prepare_data.py, or give --data-dir a "
-                "folder with train/ and val/, in each a folder of images for each class"
-            )
-        different = set(folders) ^ set(classes or folders)
+    known = set(classes or folders)
+    if split == "test" and not folders.keys() & known:
+        return {}
+    if not (root / split).is_dir():
+        raise UserError(
+            f"{root / split}: no such folder: make the default data with prepare_data.py, or give --data-dir a "
+            "folder with train/ and val/, in each a folder of images for each class"
+        )
+    different = folders.keys() - known if split == "test" else folders.keys() ^ known
     if different:
         names = ", ".join(sorted(different))
         raise UserError(f"{root / split}: classes differ from train/ ({names}): every split needs the same")
@@ -617,11 +625,16 @@ def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train"
     return Data(loaded, classes, channels, data_dir)
 
 
-def summary(data: Data) -> str:
-    """One line: how many images and classes were found."""
+def open_data(accelerator, args, names: list[str]) -> Data:
+    """The data that the options name, made first if they are the default's, once no run of `names` is in the way."""
+    if not args.sanity_check:  # which writes no run
+        on_main_process(accelerator, lambda: check_free(names, args.resume))
+    prepare_default_data(accelerator, args.data_dir)
+    data = load_data(args.data_dir, args.image_size)
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items())
     without = "" if "test" in data.splits else " (no test/ with class folders)"
-    return f"data: {counts} images{without}, {len(data.classes)} classes"
+    accelerator.print(f"data: {counts} images{without}, {len(data.classes)} classes")
+    return data
 
 
 # -------------------------------------------------------------------------------------------- augmentation
@@ -693,31 +706,17 @@ def resample(images, size: int, bicubic=False, boxes=None, flips=None):
 class Images:
     """Images on the device and how they become the input of a model, float32 [B, C, size, size].
 
-    `images` uint8 [N, C, S, S] with S <= size; `mean`, `std`: of each channel, as shares of 255; `crop_scale`,
-    `flip`, `seed`: the augmentation.
+    `images` uint8 [N, C, S, S] with S <= size; `options`: a training script's, as config.json has them too: image_size,
+    crop_scale, no_flip and seed; `mean`, `std`: of each channel, as shares of 255.
     """
 
-    def __init__(self, images, size, mean, std, bicubic=False, crop_scale=0.9, flip=True, seed=0):
-        self.images, self.size, self.bicubic = images, size, bicubic
-        self.crop_scale, self.flip, self.seed = crop_scale, flip, seed
+    def __init__(self, images, options: dict, mean, std, bicubic=False):
+        self.images, self.size, self.bicubic = images, options["image_size"], bicubic
+        self.crop_scale, self.flip, self.seed = options["crop_scale"], not options["no_flip"], options["seed"]
         # Once: a copy to the device each step would be waited for.
         self.mean = 255 * torch.tensor(mean, device=images.device)[:, None, None]
         self.std = 255 * torch.tensor(std, device=images.device)[:, None, None]
         self.drawn_for = None
-
-    @classmethod
-    def from_options(cls, images, options: dict, mean, std, bicubic=False) -> "Images":
-        """With the size and the augmentation of a training script's options, as config.json has them too."""
-        return cls(
-            images,
-            options["image_size"],
-            mean,
-            std,
-            bicubic,
-            crop_scale=options["crop_scale"],
-            flip=not options["no_flip"],
-            seed=options["seed"],
-        )
 
     def __len__(self):
         return len(self.images)
@@ -799,7 +798,7 @@ class Batches:
         self.inputs, self.labels = inputs, labels
         self.sampler = EpochSampler(n, batch_size, seed)
         self.loader = accelerator.prepare(DataLoader(range(n), batch_sampler=self.sampler, collate_fn=torch.tensor))
-        self.quiet = None if accelerator.is_main_process else True
+        self.quiet = None if accelerator.is_main_process else True  # None: where there is a terminal
 
     def __len__(self):
         return len(self.sampler)
@@ -852,9 +851,10 @@ def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, classes: i
 
 
 def macro_f1(confusion: torch.Tensor) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), 0 for a class without any (scikit-learn's).
+    """Mean over all classes of F1 = 2 TP / (2 TP + FP + FN), 0 for a class without any.
 
-    By hand, as importing scikit-learn takes longer than an epoch.
+    scikit-learn's f1_score(average="macro") with all classes as its `labels`; by hand, as importing it takes longer
+    than an epoch.
     """
     tp = confusion.diag().double()
     return (2 * tp / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)).mean().item()
@@ -880,9 +880,9 @@ def merit(line: dict) -> tuple[float, float]:
     return line["val_accuracy"], -line["val_loss"]
 
 
-def cosine(step: int, total: int, warmup: float = 0.1) -> float:
+def cosine(step: int, total: int) -> float:
     """Share of the peak learning rate: a linear warm-up over a tenth of the steps, then a cosine to 0."""
-    warm = warmup * total
+    warm = 0.1 * total
     if step + 1 < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm) / (total + 1 - warm)))
@@ -915,7 +915,7 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
 
 # ------------------------------------------------------------------------------------- what config.json says
 
-# Options that change neither what a run computes nor its name.
+# Options that are no settings of a model: images and weights are told apart by their hashes.
 NO_EFFECT = {"resume", "name", "sanity_check", "weights", "data_dir"}
 
 
@@ -963,7 +963,7 @@ def check_free(names: list[str], resume: bool) -> None:
         path = RUNS_DIR / name
         checkpoint = (path / "checkpoint.pt").exists()
         if checkpoint and not resume:
-            raise UserError(f"{path}: exists: add --resume to go on with it, or --name for another")
+            raise UserError(f"{path}: exists: give --name for another, or add --resume to go on with it")
         if not checkpoint and (path / "predictions.safetensors").exists():
             raise UserError(f"{path}: exists, without its checkpoint: remove it, or give --name for another")
 
@@ -977,6 +977,7 @@ def layer_table(model: nn.Module, x: torch.Tensor) -> list[list]:
             continue
 
         def note(layer, inputs, output, name=name):
+            output = output[0] if isinstance(output, tuple) else output  # a recurrent layer gives its state too
             parameters = sum(p.numel() for p in layer.parameters())
             table.setdefault(name, [f"{name} {type(layer).__name__}", list(output.shape[1:]), parameters])
 
@@ -1000,11 +1001,19 @@ def optimizer_text(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__} ({'; '.join(dict.fromkeys(groups))})"
 
 
-def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, example, heads: list[dict]) -> dict:
-    """What config.json says of a run: all that its figures depend on. `example` is an input of the model."""
+def make_config(args, accelerator, data: Data, model: nn.Module, optimizer, example, name: str, heads=None) -> dict:
+    """What config.json says of a run: all that its figures depend on.
+
+    `example`: an input of the model; `name`: the model's, without --name; `heads`: its classifiers, if it has several.
+    """
     source = getattr(sys.modules[type(model).__module__], "__file__", None)  # a notebook's cell has none
+    called = args.name or name
+    if not heads:
+        only = {"name": name.lower(), "model": called, "lr": args.lr, "schedule": args.schedule, "features": None}
+        heads = [only]
     return {
         "model": {
+            "name": called,
             "architecture": repr(model),
             "layers": layer_table(model, example),
             "optimizer": optimizer_text(optimizer),
@@ -1075,7 +1084,7 @@ def draw_confusion(axes, counts: torch.Tensor, classes: list[str], title: str) -
     axes.set(title=title, xlabel="predicted", ylabel="true")
     every = math.ceil(len(classes) / 40)  # more labels cannot be read
     ticks = range(0, len(classes), every)
-    names = [classes[i] if len(classes[i]) <= 24 else classes[i][:23] + "…" for i in ticks]
+    names = [clip(classes[i], 24) for i in ticks]
     size = 10 if len(classes) <= 12 else 6
     axes.set_xticks(ticks, names, rotation=45 if len(classes) <= 12 else 90, ha="right", fontsize=size)
     axes.set_yticks(ticks, names, fontsize=size)
@@ -1124,10 +1133,10 @@ class TensorBoard:
     def tag(self, name: str, head: dict) -> str:
         return f"{name}/{head['name']}" if len(self.heads) > 1 else name
 
-    def log_images(self, images: "Images", split: "Split", classes: list[str], count: int = 8) -> None:
-        """The first training images of each class as they are augmented in the first epoch."""
+    def log_images(self, images: Images, split: Split, classes: list[str]) -> None:
+        """Eight training images of each class (of a hundred at most) as they are augmented in the first epoch."""
         for label, name in enumerate(classes[:100]):
-            index = (split.labels == label).nonzero()[:count, 0].to(images.images.device)
+            index = (split.labels == label).nonzero()[:8, 0].to(images.images.device)
             shares = images.shares(images.augmented(index, 0))
             self.writer.add_images(f"training images/{name}", shares.cpu(), 0)
 
@@ -1204,24 +1213,30 @@ class Run:
         self.heads = [head["name"] for head in config["heads"]]
         self.board = TensorBoard(self.path, config["heads"])
         self.lock = None
-        self.checkpoint, self.complete = on_main_process(accelerator, lambda: self.open(resume))
-        self.epoch, self.history = 0, []
-        if self.checkpoint:
-            self.epoch, self.history = self.checkpoint["epoch"], self.checkpoint["history"]
+        try:
+            self.checkpoint, self.complete = on_main_process(accelerator, lambda: self.open(resume))
+        except BaseException:  # __exit__ is not called then, and a notebook goes on
+            self.unlock()
+            raise
+        start = self.checkpoint or {"epoch": 0, "history": []}
+        self.epoch, self.history = start["epoch"], start["history"]
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.board.close()
-        if self.lock:
-            self.lock.release()
+        self.unlock()
         if kind is KeyboardInterrupt:
             start = ["python"]
             if self.accelerator.num_processes > 1:
                 start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
             again = [*start, *(arg for arg in sys.argv if arg != "--resume"), "--resume"]
             raise KeyboardInterrupt(f"stopped; to go on: {shlex.join(again)}") from None
+
+    def unlock(self) -> None:
+        if self.lock:
+            self.lock.release()
 
     def open(self, resume: bool) -> tuple[dict | None, bool]:
         """Make the folder or take it over: its checkpoint, or None, and whether the run is complete.
@@ -1261,9 +1276,9 @@ class Run:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return {key: checkpoint[key] for key in ("epoch", "history", "best", "states", "events")}
         except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            if is_system_error(error) and getattr(error, "errno", None) != errno.EINVAL:  # EINVAL: cut off
+            if is_system_error(error) and not isinstance(error, OSError):  # which torch raises for a file cut off
                 raise
-            raise UserError(f"{file}: damaged ({first_line(error)}): remove its run folder to start again") from None
+            raise UserError(f"{file}: damaged ({brief(error)}): remove its run folder to start again") from None
 
     def check_same(self, old: dict) -> None:
         """Raise UserError unless the folder's config.json describes what this process is about to train."""
@@ -1301,15 +1316,15 @@ class Run:
         self.objects = objects | {"model": self.model}
         if self.accelerator.scaler:
             self.objects["scaler"] = self.accelerator.scaler
-        self.best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
         if not self.checkpoint:
+            self.best = self.copy_weights()
             return
         self.best = self.checkpoint["best"]
         try:
             for name, value in self.objects.items():
                 value.load_state_dict(self.checkpoint["states"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            why = first_line(error)
+            why = brief(error)
             raise UserError(f"{self.path}: its checkpoint does not fit this script ({why}): give --name") from None
         on_main_process(self.accelerator, self.write_files)  # a kill may have come between the checkpoint and these
 
@@ -1342,8 +1357,8 @@ class Run:
         seconds = round(time.perf_counter() - self.started, 3)
         lines = []
         for h, (head, of_head) in enumerate(zip(self.heads, by_classifier(log_probs))):
-            val = scores(of_head, labels)
-            self.check_finite(losses[:, h], rates[:, h], val["loss"], head)
+            val = {f"val_{key}": value for key, value in scores(of_head, labels).items()}
+            self.check_finite(losses[:, h], rates[:, h], val["val_loss"], head)
             line = {
                 "epoch": self.epoch,
                 "step": self.epoch * len(losses),
@@ -1351,14 +1366,12 @@ class Run:
                 "lr": rates[-1, h].item(),
                 "train_loss": losses[:, h].mean().item(),
                 "train_accuracy": accuracies[:, h].mean().item(),
-                "val_loss": val["loss"],
-                "val_accuracy": val["accuracy"],
-                "val_macro_f1": val["macro_f1"],
+                **val,
                 "seconds": seconds,
             }
             earlier = [merit(old) for old in self.history if old["head"] == head]
             if not earlier or merit(line) > max(earlier):
-                self.keep_best(self.prefixes[h])
+                self.best |= self.copy_weights(self.prefixes[h])
             lines.append(line)
         self.history = self.history + lines
 
@@ -1370,11 +1383,10 @@ class Run:
 
         on_main_process(self.accelerator, record)
 
-    def keep_best(self, prefix: str) -> None:
-        """Keep the weights of the classifier whose names begin with `prefix`, as they are now."""
-        for key, value in self.model.state_dict().items():
-            if key.startswith(prefix):
-                self.best[key] = value.detach().cpu().clone()
+    def copy_weights(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The model's weights whose names begin with `prefix`, as they are now, on the CPU."""
+        state = self.model.state_dict()
+        return {key: value.detach().cpu().clone() for key, value in state.items() if key.startswith(prefix)}
 
     def check_finite(self, losses: torch.Tensor, rates: torch.Tensor, val_loss: float, head: str) -> None:
         where = f"in validation after epoch {self.epoch}"
@@ -1428,7 +1440,7 @@ class Run:
         tensors = {}
         for name in self.data.splits:
             if name != "train":
-                tensors[f"{name}.log_probs"] = torch.stack(by_classifier(predict_split(name).float()))
+                tensors[f"{name}.log_probs"] = torch.stack(by_classifier(predict_split(name)))
                 tensors[f"{name}.labels"] = self.data.splits[name].labels
 
         def record():
@@ -1445,7 +1457,7 @@ class Run:
         labels, options = self.data.splits["val"].labels, self.config["options"]
         results = [scores(of_head, labels) for of_head in log_probs]
         self.board.log_hparams(options, results)
-        best = max(range(len(results)), key=lambda h: results[h]["accuracy"])
+        best = self.heads.index(max(self.history, key=merit)["head"])
         counts = confusion_matrix(labels, log_probs[best].argmax(1), len(self.data.classes))
         epochs = options["epochs"]
         title = f"{self.config['heads'][best]['model']}, {epochs_text(epochs)}, validation"
@@ -1482,6 +1494,8 @@ def read_files(files: list[str | Path], config: dict) -> torch.Tensor:
     """Image files as the images of a run folder's data: uint8 [N, C, S, S]. Raises UserError as `read_image`."""
     if isinstance(files, str | Path):
         files = [files]
+    if not files:
+        raise UserError("no image files: name at least one")
     images = read_images([Path(file) for file in files], "reading")
     return stack_images(images, config["options"]["image_size"], config["data"]["channels"])
 

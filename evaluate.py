@@ -33,15 +33,20 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError
+from common import UserError, clip
 
 # What a reader can take, and a report of 200 lines.
 MAX_LISTED = 12  # models in a table, and settings in the curves
 MAX_COMPARED = 4  # models side by side
-# Options in which a model is trained in several ways.
-SETTING = {"epochs", "lr", "schedule", "seed"}
-# Options that do not make another model; the features are those of a head.
-NOT_OF_MODEL = common.NO_EFFECT | {"deterministic", "features"}
+# Options that do not make another model, but another setting of it; the features are those of a head.
+NOT_OF_MODEL = common.NO_EFFECT | {"epochs", "lr", "schedule", "seed", "deterministic", "features"}
+# What a report takes from config.json.
+NEEDED = {
+    "model": {"architecture", "layers", "optimizer", "parameters", "trainable", "backbone", "mean", "std"},
+    "options": {"epochs", "seed", "data_dir", "image_size", "crop_scale", "no_flip"},
+    "data": {"path", "classes", "counts", "sha256"},
+    "environment": {"device", "versions"},
+}
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"]
 COLORS += ["#8c564b", "#e377c2", "#000000", "#bcbd22", "#7f7f7f", "#00d084"]
@@ -71,16 +76,18 @@ Every classifier with its options and figures: [runs.csv](runs.csv).
 
 Learning rate and schedule are the best by validation for each model and number of epochs. ±: standard deviation \
 over seeds (n - 1). 95% interval: Wilson's, for other images, not for other seeds. Training: in the best epoch, on \
-augmented images, but for a probe without --views. Seconds: of a run's training and validation with its features' \
+augmented images (but for a probe without --views) and while the weights still change, so it can be below validation. \
+Seconds: of a run's training and validation with its features' \
 forward passes, so of all heads of a probe together. {which}
 
 {results}
 {confusion}
 ### Differences
 
-Two models on the same images. Only A, only B: images that only one of them has right. p: McNemar's exact test. 95% \
-interval of B - A: Agresti and Min (2005; Wald's with half an image added to each of the four cells). All these are of \
-one seed; the last column is the mean over all seeds that both have.
+Two models on the same images, after the fewest and the most epochs. Only A, only B: images that only one of them has \
+right. p: McNemar's exact test; it is cautious, so near 0.05 the interval can already leave 0 out. 95% interval of \
+B - A: Agresti and Min (2005; Wald's with half an image added to each of the four cells). All these are of one seed; \
+the last column is the mean over all seeds that both have.
 
 {pairs}
 ### Classes
@@ -151,13 +158,18 @@ class Classifier:
     @functools.cached_property
     def options(self) -> dict:
         """The options that make another model of it."""
-        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in SETTING | NOT_OF_MODEL}
+        options = {k: v for k, v in sorted(self.config["options"].items()) if k not in NOT_OF_MODEL}
         return options | {"training_images": self.config["data"]["counts"]["train"]}
 
     @property
     def images(self) -> str:
         """Hash of the images that it predicts."""
         return self.config["data"]["sha256"][self.split]
+
+    @property
+    def right(self) -> torch.Tensor:
+        """Whether each prediction is right, bool [N]."""
+        return self.predictions == self.labels
 
     @functools.cached_property
     def identity(self) -> str:
@@ -175,10 +187,10 @@ def read_run(path: Path) -> list[Classifier]:
         what = "not a run folder, it has no config.json" if path.exists() else "no such folder"
         raise UserError(f"{what}: name folders under {common.RUNS_DIR}/, or none for all of them")
     config = common.read_json(path / "config.json")
-    if not {"model", "heads", "options", "data", "environment", "feature_seconds"} <= config.keys():
+    if not {"heads", "feature_seconds", *NEEDED} <= config.keys():
         raise UserError("config.json: not of these scripts, or of an older version: train it again")
-    if not config["heads"]:
-        raise UserError("config.json: names no classifier: restore or remove it")
+    if not config["heads"] or not all(keys <= config[part].keys() for part, keys in NEEDED.items()):
+        raise UserError("config.json: not whole: restore or remove it")
     epochs = config["options"]["epochs"]
     if not (path / "predictions.safetensors").exists():
         raise UserError(f"unfinished: start its training of {epochs} epochs again with --resume")
@@ -264,10 +276,6 @@ def option_text(key: str, value) -> str:
     return f"{value:,} {words}" if key == "training_images" else f"{words} {value}"
 
 
-def clip(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
 def natural(text: str) -> list:
     """What to sort names by: grid2 comes before grid10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
@@ -324,14 +332,12 @@ def name_models(classifiers: list[Classifier]) -> list[str]:
         options = [members[0].options for members in variants.values()]
         for members in variants.values():
             texts = differing_options(members[0].options, options)
-            full = unique = f"{name} ({', '.join(texts)})" if texts else name
-            number = 1
-            while unique in taken:
-                number += 1
-                unique = f"{full} ({number})"
+            full = f"{name} ({', '.join(texts)})" if texts else name
+            numbered = (f"{full} ({number})" for number in itertools.count(2))
+            unique = next(text for text in itertools.chain([full], numbered) if text not in taken)
             taken.add(unique)
             row = members[0].row
-            if number > 1:
+            if unique != full:
                 notes.append(
                     f"{unique} is {row['run']} ({row['parameters']:,} parameters) and its like: another network, "
                     f"optimiser or other images than {full}"
@@ -372,13 +378,16 @@ class Study:
         self.epoch_counts = counts if len(counts) <= 3 else [counts[0], *counts[-2:]]
         ranked = self.rank()
         self.models = sorted(ranked, key=natural)
+        ranked = [m for m in ranked if any((m, epochs) in self.best for epochs in self.epoch_counts)]
         self.listed = sorted(self.list_models(ranked), key=natural)
         self.compared = sorted(ranked[:MAX_COMPARED], key=natural)
         self.colors = dict(zip(self.listed, COLORS))
         unlisted = [model for model in self.models if model not in self.listed]
         if unlisted:
-            names = ", ".join(unlisted)
-            self.notes.append(f"only in runs.csv, as other models are better by validation: {names}")
+            self.notes.append(f"only in runs.csv, for lack of room: {', '.join(unlisted)}")
+        unshown = [str(epochs) for epochs in counts if epochs not in self.epoch_counts]
+        if unshown:
+            self.notes.append(f"only in runs.csv and the curves, for lack of room: runs of {', '.join(unshown)} epochs")
 
     def group(self) -> list[Setting]:
         """The settings; where two classifiers would be the same seed of one, the second is noted and not counted."""
@@ -424,13 +433,16 @@ class Study:
         return list({s.model: s for s in chosen}.values()) if longest else chosen
 
     def blocks(self, epochs: int) -> dict[int, Setting]:
-        """The best setting of each block that a probe's grid was taken of."""
-        found = {}
+        """The best setting of each block that a probe's grid was taken of, where all else is the same."""
+        groups = {}
         for s in self.settings:  # the best come first
             block = re.fullmatch(r"grid(\d+)", s.first.head["features"] or "")
             if block and s.epochs == epochs:
-                found.setdefault(int(block[1]), s)
-        return dict(sorted(found.items()))
+                config = s.first.config
+                others = str([config["model"]["backbone"], config["data"]["sha256"], s.first.options])
+                groups.setdefault(others, {}).setdefault(int(block[1]), s)
+        largest = max(groups.values(), key=len, default={})
+        return dict(sorted(largest.items()))
 
     def layered(self) -> list[int]:
         """The numbers of epochs at which enough blocks were trained to compare them."""
@@ -486,9 +498,8 @@ def draw_curves(study: Study, settings: list[Setting]):
         features = s.first.config["feature_seconds"]
         time.barh(-i, features, color=color, edgecolor="white", hatch="//", alpha=0.5)
         time.barh(-i, seconds[-1], left=features, color=color)
-        text = f" {seconds[-1]:,.1f} s"
-        if features:
-            text = f" {features:,.0f} + {seconds[-1]:,.1f} s"
+        first = f"{features:,.0f} + " if features else ""
+        text = f" {first}{seconds[-1]:,.1f} s"
         time.text(features + seconds[-1], -i, text, va="center", fontsize=9)
     for key, axes in panels.items():
         split, figures = key.split("_")
@@ -505,8 +516,14 @@ def draw_curves(study: Study, settings: list[Setting]):
     time.set_yticks(
         [-i for i in range(len(settings))], [f"{clip(s.model, 40)}, {s.epochs}" for s in settings], fontsize=7
     )
-    figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    legend_below(figure, [by_time])
     return figure
+
+
+def legend_below(figure, panels, ncols=2) -> None:
+    """One legend for the lines of all panels."""
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=ncols, fontsize=9)
 
 
 def row_of_panels(epoch_counts: list[int], **settings):
@@ -529,26 +546,18 @@ def draw_rates(study: Study, epoch_counts: list[int]):
     # The schedule gives the kind of line, so that no two lines of a model look alike.
     kinds = [("-", "o"), (":", "s"), ("--", "D"), ("-.", "^")]
     schedules = list(dict.fromkeys(s.schedule for s in study.settings))
-    legend = {}
     for (model, schedule, epochs), points in sorted(lines.items()):
         linestyle, marker = kinds[schedules.index(schedule) % 4]
-        plot_band(
-            panels[epochs],
-            list(points),
-            list(points.values()),
-            color=study.colors[model],
-            linestyle=linestyle,
-            marker=marker,
-            label=f"{model}, {schedule}",
-        )
-        legend[model, schedule] = panels[epochs].lines[-1]
+        style = {"color": study.colors[model], "linestyle": linestyle, "marker": marker}
+        label = f"{model}, {schedule}"
+        plot_band(panels[epochs], list(points), list(points.values()), label=label, **style)
 
     rates = sorted(set().union(*lines.values()))
     for axes in panels.values():
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
         axes.minorticks_off()
     leave_out_bad(list(panels.values()), ideal=100)
-    figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=2, fontsize=9)
+    legend_below(figure, panels.values())
     return figure
 
 
@@ -560,14 +569,12 @@ def draw_layers(study: Study, epoch_counts: list[int]):
         values = [s.values("val_accuracy") for s in blocks.values()]
         plot_band(axes, list(blocks), values, color="black", marker="o", label="grid of a block")
         axes.set_xticks(list(blocks))
-        others = [
-            s for s in study.best.values() if s.epochs == epochs and s.first.head["features"] in ("class", "last")
-        ]
-        for s in sorted(others, key=lambda s: s.model):
-            values, color = s.values("val_accuracy"), study.colors.get(s.model, "gray")
-            axes.axhspan(min(values), max(values), color=color, alpha=0.15, linewidth=0)
-            axes.axhline(fmean(values), color=color, linestyle="--", label=s.model)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        for s in sorted(study.best.values(), key=lambda s: s.model):
+            if s.epochs == epochs and s.first.head["features"] in ("class", "last"):
+                values, color = s.values("val_accuracy"), study.colors.get(s.model, "gray")
+                axes.axhspan(min(values), max(values), color=color, alpha=0.15, linewidth=0)
+                axes.axhline(fmean(values), color=color, linestyle="--", label=s.model)
+    legend_below(figure, panels.values(), ncols=3)
     return figure
 
 
@@ -601,7 +608,7 @@ def draw_confusions(study: Study):
 def draw_mistakes(s: Setting, classes: list[str], split: common.Split):
     """The twelve most confident mistakes with true and predicted class."""
     c = s.first
-    wrong = c.predictions != c.labels
+    wrong = ~c.right
     order = torch.where(wrong, c.confidences, -1).argsort(descending=True, stable=True)
     figure = common.new_figure(10, 8.5)
     figure.suptitle(f"{s.title}: most confident mistakes on {SPLITS[c.split]}")
@@ -616,13 +623,15 @@ def draw_mistakes(s: Setting, classes: list[str], split: common.Split):
 
 def draw_augmentation(c: Classifier, classes: list[str], split: common.Split):
     """Of each class (ten at most) a training image, and what the run sees of it in its first five epochs."""
-    model = c.config["model"]
-    images = common.Images.from_options(split.images, c.config["options"], model["mean"], model["std"])
+    model, options = c.config["model"], c.config["options"]
+    bicubic = model["backbone"] is not None
+    images = common.Images(split.images, options, model["mean"], model["std"], bicubic)
     labels = split.labels.tolist()
     index = torch.tensor([labels.index(label) for label in range(len(classes))][:10])
     columns = {"stored": images.plain(index)}
     for epoch in range(5):
-        columns[f"epoch {epoch + 1}"] = images.augmented(index, epoch)
+        view = epoch % (options.get("views") or 5)  # a probe sees its views in turn
+        columns[f"epoch {epoch + 1}"] = images.augmented(index, view)
     figure = common.new_figure(8, 1.1 * len(index) + 0.4)
     grid = figure.subplots(len(index), len(columns), squeeze=False)
     for (title, inputs), panels in zip(columns.items(), grid.T):
@@ -637,8 +646,7 @@ def draw_augmentation(c: Classifier, classes: list[str], split: common.Split):
 
 def plan_pictures(study: Study) -> dict:
     """What to draw: by file name a caption and a function that makes the figure. Notes what cannot be drawn."""
-    charts = plan_charts(study)
-    return charts | plan_images(study, charts)
+    return plan_charts(study) | plan_images(study)
 
 
 def plan_charts(study: Study) -> dict:
@@ -665,37 +673,29 @@ def plan_charts(study: Study) -> dict:
     return pictures
 
 
-def image_loader(study: Study):
-    """A function that gives the images of a split that a classifier was trained or evaluated on.
+def find_split(load, c: Classifier, name: str) -> common.Split:
+    """The images of a split that a classifier was trained or evaluated on, by `load`, common.load_data.
 
-    It raises UserError where they are not there any more.
+    Raises UserError where they are not there any more.
     """
-    load = functools.cache(common.load_data)
-    # Equal hashes are equal pixels, whatever folder and size they are read with: once is enough.
-    source = {str(c.config["data"]["sha256"]): c.config["options"] for c in study.classifiers}
-
-    def load_split(c: Classifier, name: str) -> common.Split:
-        hashes = c.config["data"]["sha256"]
-        options = source[str(hashes)]
-        folder = options["data_dir"]
-        if not Path(folder).is_dir():
-            raise UserError(f"there is no folder {folder} here")
-        data = load(folder, options["image_size"])
-        if data.description["sha256"].get(name) != hashes[name]:
-            raise UserError(f"{folder} has other images now")
-        return data.splits[name]
-
-    return load_split
+    options = c.config["options"]
+    folder = options["data_dir"]
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder} here")
+    data = load(folder, options["image_size"])
+    if data.description["sha256"].get(name) != c.config["data"]["sha256"][name]:
+        raise UserError(f"{folder} has other images now")
+    return data.splits[name]
 
 
-def plan_images(study: Study, taken: dict) -> dict:
-    """The pictures that show images; `taken`: names of files that others have."""
-    load_split = image_loader(study)
+def plan_images(study: Study) -> dict:
+    """The pictures that show images."""
+    load = functools.cache(common.load_data)  # some pictures show images of the same folder
     pictures = {}
 
     def plan(name: str, caption: str, c: Classifier, split: str, draw) -> None:
         try:
-            images = load_split(c, split)
+            images = find_split(load, c, split)
             pictures[name] = caption, lambda: draw(images)
         except UserError as error:
             study.notes.append(f"{name} is not drawn: {error}")
@@ -705,11 +705,11 @@ def plan_images(study: Study, taken: dict) -> dict:
         caption = f"A training image of each class as it is stored, and as the first epochs of {c.row['model']} see it"
         plan("augmentation.png", caption, c, "train", functools.partial(draw_augmentation, c, study.classes))
     for i, s in enumerate(study.choose(study.compared, longest=True), 1):
-        if (s.first.predictions == s.first.labels).all():
+        if s.first.right.all():
             continue
         slug = re.sub("[^a-z0-9]+", "-", s.model.lower())[:24].strip("-")
         name = f"mistakes-{slug}.png"
-        if not slug or name in taken or name in pictures:
+        if not slug or name in pictures:
             name = f"mistakes-{i}.png"
         caption = f"The most confident mistakes of {s.title}"
         plan(name, caption, s.first, s.first.split, functools.partial(draw_mistakes, s, study.classes))
@@ -728,10 +728,20 @@ def table(header: list[str], rows: list[list]) -> str:
     return common.markdown_table(list(map(escape, header)), [list(map(escape, row)) for row in rows])
 
 
+def table_of(rows: list[dict]) -> str:
+    """A table of rows with the same keys, which are its header."""
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def list_some(items: list[str], most: int) -> str:
     """A Markdown list; what is too much for it comes together in its last line."""
     items = items if len(items) <= most else [*items[:most], f"and {len(items) - most} more: {'; '.join(items[most:])}"]
     return "".join(f"- {escape(clip(item, 2000))}\n" for item in items)
+
+
+def more_in_csv(count: int) -> str:
+    """What to say below a table that has no room for `count` rows."""
+    return f"\n{count} more: runs.csv.\n" if count > 0 else ""
 
 
 def mean_sd(values: list[float], digits: int = 2) -> str:
@@ -775,7 +785,7 @@ def data_section(study: Study) -> str:
     text += f"\n{len(study.classes)} classes: {escape(clip(', '.join(study.classes), 500))}.\n"
     if any(c.split == "val" for c in study.classifiers):
         text += "Where there are no test images, every figure is of validation.\n"
-    return text + ("Only models of the same images are compared in pairs.\n" if len(rows) > 1 else "")
+    return text + ("Only models that are reported on the same images are compared in pairs.\n" if len(rows) > 1 else "")
 
 
 def cnn_section(settings: list[Setting]) -> str:
@@ -788,20 +798,19 @@ def cnn_section(settings: list[Setting]) -> str:
     text = table(["Layer", "Output", "Parameters"], rows[:14])
     text += f"\n{model['parameters']:,} parameters in {len(rows)} layers. {training_text(best)}"
     if others:
-        text += (
-            f"\nThe others, with their layers (type and output) that {escape(best.model)} has not (+) or has (-):\n\n"
-        )
+        text += f"\nThe others, with their layers that {escape(best.model)} has not (+) or has (-):\n\n"
         text += list_some([changes_text(s, best) for s in others], 4)
     return text
 
 
 def changes_text(s: Setting, best: Setting) -> str:
-    """In what a CNN differs from the best one."""
-    layers = []
+    """In what a CNN differs from the best one, by `repr` of both."""
+    networks = []
     for setting in (best, s):
-        named = setting.first.config["model"]["layers"]
-        layers.append([f"{name.split()[-1]} {'x'.join(map(str, shape))}" for name, shape, _ in named])
-    changes = [line for line in difflib.ndiff(*layers) if line[0] in "+-"]
+        # Without the names of the layers, which are numbers: one layer more changes those of all that follow.
+        layers = re.sub(r"(?m)^ *\(\w+\): ", "", setting.first.config["model"]["architecture"])
+        networks.append(layers.splitlines())
+    changes = [line for line in difflib.ndiff(*networks) if line[0] in "+-"]
     optimizer = s.first.config["model"]["optimizer"]
     if optimizer != best.first.config["model"]["optimizer"]:
         changes.append(optimizer)
@@ -828,6 +837,7 @@ def probe_section(settings: list[Setting]) -> str:
     if not rows:
         return "None was trained: `python train_vit_probe.py --epochs 10`\n"
     text = table(["Model", "Backbone", "Features", "Parameters trained", "frozen"], rows[:5])
+    text += more_in_csv(len(rows) - 5)
     return f"{text}\nOnly a linear layer is trained. {training_text(settings[0])}"
 
 
@@ -836,16 +846,19 @@ def layers_text(study: Study) -> str:
     if not study.layered():
         return ""
     epochs = max(study.layered())
-    values = {block: s.values("val_accuracy") for block, s in study.blocks(epochs).items()}
+    blocks = study.blocks(epochs)
+    values = {block: s.values("val_accuracy") for block, s in blocks.items()}
     means = {block: fmean(of_block) for block, of_block in values.items()}
-    best, n = max(means, key=means.get), study.classifiers[0].config["data"]["counts"]["val"]
+    best = max(means, key=means.get)
+    n = blocks[best].first.config["data"]["counts"]["val"]
     spread = fmean(max(of_block) - min(of_block) for of_block in values.values())
     error = math.sqrt(means[best] * (100 - means[best]) / n)  # one seed has no spread
     alike = [str(block) for block in means if means[best] - means[block] <= max(spread, error)]
     return (
-        f"\nAfter {epochs} epochs block {best} is the best by validation with {means[best]:.2f}%, the worst has "
-        f"{min(means.values()):.2f}%. The seeds of a block are {spread:.2f} points apart on average, and {n:,} images "
-        f"give a standard error of {error:.2f}: no further from the best are the blocks {', '.join(alike)}.\n"
+        f"\nAfter {common.epochs_text(epochs)} block {best} is the best by validation with {means[best]:.2f}%, the "
+        f"worst has {min(means.values()):.2f}%. The seeds of a block are {spread:.2f} points apart on average, and "
+        f"{n:,} images give a standard error of {error:.2f}: no further from the best are the blocks "
+        f"{', '.join(alike)}.\n"
     )
 
 
@@ -857,75 +870,65 @@ def profile_section(out: Path) -> str:
     return f"On {escape(profile['machine'])}.\n\n{rows}\n{list_some(profile['notes'][:5], 5)}"
 
 
-RESULTS = ["Model", "Epochs", "Accuracy (%)", "Macro-F1", "Validation (%)", "Learning rate", "Seeds"]
-RESULTS += ["95% interval", "Training (%)", "Seconds", "Images"]
-
-
 def which_models(study: Study) -> str:
     """Which models are shown, where there are too many to show all."""
     if len(study.models) <= len(study.compared):
         return ""
     return (
         f"Listed are {len(study.listed)} of {len(study.models)} models. Side by side (confusion matrices, differences, "
-        f"classes, learning rates, mistakes): {escape(', '.join(study.compared))}, the best by validation, among them "
+        f"classes, learning rates, mistakes): {escape(', '.join(study.compared))}, the best by validation, and first "
         "the best of each kind of model."
     )
 
 
-def results_rows(study: Study) -> list[list]:
-    """The cells under RESULTS."""
+def results_rows(study: Study) -> list[dict]:
+    """A row for each of the models and numbers of epochs."""
     rows = []
     for s in study.choose(study.listed):
-        row = [
-            s.model,
-            s.epochs,
-            mean_sd(s.values("accuracy")),
-            mean_sd(s.values("macro_f1"), 4),
-            mean_sd(s.values("val_accuracy")),
-            f"{s.lr:.3g} {s.schedule}",
-            len(s.seeds),
-            wilson(s),
-            mean_sd(s.values("train_accuracy")),
-            f"{fmean(s.values('seconds')):.1f}",
-            f"{len(s.first.labels):,} {SPLITS[s.first.split]}",
-        ]
+        row = {
+            "Model": s.model,
+            "Epochs": s.epochs,
+            "Accuracy (%)": mean_sd(s.values("accuracy")),
+            "Macro-F1": mean_sd(s.values("macro_f1"), 4),
+            "Validation (%)": mean_sd(s.values("val_accuracy")),
+            "Learning rate": f"{s.lr:.3g} {s.schedule}",
+            "Seeds": len(s.seeds),
+            "95% interval": wilson(s),
+            "Training (%)": mean_sd(s.values("train_accuracy")),
+            "Seconds": f"{fmean(s.values('seconds')):.1f}",
+            "Trained on": f"{s.first.options['training_images']:,}",
+            "Reported on": f"{len(s.first.labels):,} {SPLITS[s.first.split]}",
+        }
         rows.append(row)
     return rows
 
 
-def paired_by_seed(a: Setting, b: Setting) -> dict[int, dict]:
-    """What `paired` says of each seed that two settings have in common on the same images."""
-    results = {}
-    for seed in sorted(a.seeds.keys() & b.seeds.keys()):
-        one, other = a.seeds[seed], b.seeds[seed]
-        if one.images == other.images:
-            results[seed] = paired(one.predictions == one.labels, other.predictions == other.labels)
-    return results
-
-
 def pairs_table(study: Study) -> str:
     """A row for each two of a few models with as many epochs, a common seed and the same images."""
-    header = ["A", "B", "Epochs", "Seed", "Only A", "Only B", "B - A (points)", "95% interval", "p", "B - A, all seeds"]
     rows = []
     for a, b in itertools.combinations(study.choose(study.compared), 2):
-        results = paired_by_seed(a, b) if a.epochs == b.epochs else {}
-        if not results:
+        seeds = sorted(a.seeds.keys() & b.seeds.keys())
+        ends = study.epoch_counts[0], study.epoch_counts[-1]
+        if not seeds or a.epochs != b.epochs or a.epochs not in ends or a.first.images != b.first.images:
             continue
-        seed, first = next(iter(results.items()))
-        row = [
-            a.model,
-            b.model,
-            a.epochs,
-            seed,
-            first["only_a"],
-            first["only_b"],
-            f"{100 * first['difference']:+.2f}",
-            f"{100 * first['low']:+.2f} to {100 * first['high']:+.2f}",
-            f"{first['p']:.2g}",
-            mean_sd([100 * result["difference"] for result in results.values()]),
-        ]
+        results = []
+        for seed in seeds:
+            results.append(paired(a.seeds[seed].right, b.seeds[seed].right))
+        first = results[0]
+        row = {
+            "A": a.model,
+            "B": b.model,
+            "Epochs": a.epochs,
+            "Seed": seeds[0],
+            "Only A": first["only_a"],
+            "Only B": first["only_b"],
+            "B - A (points)": f"{100 * first['difference']:+.2f}",
+            "95% interval": f"{100 * first['low']:+.2f} to {100 * first['high']:+.2f}",
+            "p": f"{first['p']:.2g}",
+            "B - A, all seeds": mean_sd([100 * result["difference"] for result in results]),
+        }
         rows.append(row)
-    return table(header, rows[:12]) if rows else "None were trained for as many epochs with the same seed.\n"
+    return table_of(rows) if rows else "None were trained for as many epochs with the same seed.\n"
 
 
 def classes_table(study: Study) -> str:
@@ -949,31 +952,37 @@ def classes_table(study: Study) -> str:
 
 def rates_table(study: Study) -> str:
     """Validation accuracy: a row for each rate and schedule, a column for a few models and numbers of epochs."""
-    chosen = study.choose(study.compared)
-    titles = sorted({s.title for s in chosen}, key=natural)[:8]
-    rows = {}
+    chosen = study.choose(study.compared, longest=len(study.epoch_counts) > 2)
+    titles = sorted((s.title for s in chosen), key=natural)
+    rows = {(s.schedule, s.lr): {} for s in chosen}  # first the best of each, as some may find no room
     for s in study.settings:
         if s.title in titles:
             row = rows.setdefault((s.schedule, s.lr), {})
             row[s.title] = mean_sd(s.values("val_accuracy"))
     if len(rows) < 2:
-        return "Only one was tried; `--lr 1e-3 5e-3 2e-2` tries several, for either training script.\n"
+        return "Of these models only one was tried; `--lr 1e-3 5e-3 2e-2` tries several, for either training script.\n"
     cells = []
-    for schedule, rate in sorted(rows)[:10]:
+    for schedule, rate in sorted(list(rows)[:MAX_LISTED]):
         row = rows[schedule, rate]
         cells.append([f"{rate:g}", schedule, *(row.get(title, "") for title in titles)])
-    return "Validation accuracy (%):\n\n" + table(["Learning rate", "Schedule", *titles], cells)
+    text = "Validation accuracy (%):\n\n" + table(["Learning rate", "Schedule", *titles], cells)
+    return text + more_in_csv(len(rows) - len(cells))
 
 
-def write_report(study: Study, results: list[list], pictures: dict, out: Path) -> str:
-    """The text of report.md, with the cells `results`; the conclusions of the one that is there are kept."""
+def machine_text(environment: dict) -> str:
+    versions = [f"{name} {number}" for name, number in environment["versions"].items()]
+    return f"{environment['device']} with {', '.join(versions)}"
+
+
+def write_report(study: Study, results: list[dict], pictures: dict, out: Path) -> str:
+    """The text of report.md, with the rows `results`; the conclusions of the one that is there are kept."""
     old = (out / "report.md").read_text("utf-8", "replace") if (out / "report.md").exists() else ""
-    kept = re.search(r"^## 7 .*?(?=^## 8 )", old, re.M | re.S)
+    kept = re.search(r"^## 7 .*?(?=^## 8 |\Z)", old, re.M | re.S)
     machine = common.environment()
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    trained = dict.fromkeys(f"trained on {c.config['environment']['device']}" for c in study.classifiers)
+    trained = dict.fromkeys(f"trained on {machine_text(c.config['environment'])}" for c in study.classifiers)
     runs = {c.row["run"] for c in study.classifiers}
     longest = sorted(study.choose(study.listed, longest=True), key=Setting.merit, reverse=True)
+    longest.sort(key=lambda s: s.model not in study.compared)  # those come first
 
     def show(beginning: str) -> str:
         names = [name for name in pictures if name.startswith(beginning)]
@@ -990,7 +999,7 @@ def write_report(study: Study, results: list[list], pictures: dict, out: Path) -
         which_layer=show("which-layer") + layers_text(study),
         profile=profile_section(out),
         which=which_models(study),
-        results=table(RESULTS, results),
+        results=table_of(results),
         confusion=show("confusion"),
         learning_curves=show("learning-curves"),
         pairs=pairs_table(study),
@@ -1000,7 +1009,7 @@ def write_report(study: Study, results: list[list], pictures: dict, out: Path) -
         mistakes=show("mistakes"),
         left_out=list_some(study.notes, 4) or "Nothing.\n",
         conclusions=kept[0].strip() + "\n" if kept else CONCLUSIONS,
-        versions=list_some([f"evaluated on {machine['device']} with {versions}", *trained], 4),
+        versions=list_some([f"evaluated on {machine_text(machine)}", *trained], 4),
     )
     return re.sub("\n{3,}", "\n\n", text)
 
@@ -1024,10 +1033,10 @@ def csv_text(study: Study) -> str:
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def terminal_table(rows: list[list]) -> str:
+def terminal_table(rows: list[dict]) -> str:
     """The first columns of the results, in at most 100 columns of a terminal."""
     text = ""
-    for model, epochs, *others in rows:
+    for model, epochs, *others in [rows[0], *(row.values() for row in rows)]:
         width = 41 if model.isascii() else 20  # Chinese characters take two columns
         text += f"{clip(model, width):{width}} {epochs:>6}" + "".join(f"{cell:>17}" for cell in others[:3]) + "\n"
     return text
@@ -1077,7 +1086,7 @@ def main() -> int:
     with common.drawing(*study.classes, *study.models):
         for name, (_, draw) in tqdm(pictures.items(), "drawing", leave=False, delay=1, disable=None):
             common.atomic_write(args.out / name, common.png(draw()))
-    print(terminal_table([RESULTS, *results]), *study.notes[len(left_out) :], sep="\n")
+    print(terminal_table(results), *study.notes[len(left_out) :], sep="\n")
     print(f"written: {args.out / 'report.md'}, with runs.csv and {len(pictures)} pictures beside it")
     return 1 if left_out else 0
 

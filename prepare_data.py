@@ -212,11 +212,21 @@ def read_manifest(out: Path) -> dict | None:
     return manifest
 
 
+def clean_up(out: Path, work: Path) -> None:
+    """Remove what `write` has in `work`, done or killed, but for what was in `out` and is not there any more."""
+    old = work / "old"
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for path in old.glob(".*"):  # such as .git: the user's
+        path.rename(out / path.name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
 def write(out: Path, images: dict, manifest: dict) -> None:
     """Make or replace the folder `out` as a whole."""
     work = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)  # a killed run left it
     new = work / "new"
+    clean_up(out, work)
     try:
         for name in images:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -225,13 +235,11 @@ def write(out: Path, images: dict, manifest: dict) -> None:
         if out.exists():
             out.rename(work / "old")
         new.rename(out)
-        for path in (work / "old").glob(".*"):  # such as .git: the user's
-            path.rename(out / path.name)
     except OSError as error:
         error.filename = error.filename or str(out)  # a full disk names no file
         raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        clean_up(out, work)
 
 
 def prepare(

@@ -111,7 +111,7 @@ def build(row: str, data_dir: str, accelerator):
         training = probe.build(options, data, {"train": [features.half()]}, identity, accelerator)
     if row == "vit":  # on images, with the backbone before the heads
         training.model = nn.Sequential(backbone, training.model)
-        training.batches.inputs = probe.make_images(split, options, accelerator.device).augmented
+        training.batches.inputs = probe.make_images(split.images, options, accelerator.device).augmented
     training.train_epoch = script.train_epoch
     return training
 
@@ -165,16 +165,7 @@ def time_steps(training, accelerator, count: int) -> tuple[dict, float]:
 
 def name_calls(module: nn.Module, name: str) -> None:
     """Make every call of `module` a span of the traces."""
-    span = record_function(name)
-
-    def enter(module, inputs):
-        span.__enter__()
-
-    def leave(module, inputs, output):
-        span.__exit__(None, None, None)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    module.forward = record_function(name)(module.forward)
 
 
 def write_trace(training, accelerator, epochs: int, steps: int, path: Path):
@@ -210,7 +201,7 @@ def measure(row: str, precision: str | None, epochs: list[int], data_dir: str) -
     if accelerator.device.type == "cuda":
         key = "self_device_time_total"
         kernels = sum(event.self_device_time_total for event in sums if event.key.startswith("aten::")) / 1e6
-        cells["Device idle"] = f"{1 - kernels / (number * steps) / step:.1%}"
+        cells["Device idle"] = f"{1 - kernels / (number * steps) / step:.1%}"  # of the last trace
     return {
         "cells": {"Model": NAMES[row]} | cells,
         "traces": traces,
@@ -240,7 +231,7 @@ def report(results: list[dict]) -> tuple[dict, str]:
     return table, text
 
 
-def main() -> int:
+def main() -> None:
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
     add("--epochs", type=common.number(int, 1), nargs="+", default=[1, 3], help="numbers of epochs, a trace for each")
@@ -267,7 +258,6 @@ def main() -> int:
     common.atomic_write(args.out / "profile.md", text)
     print("\n" + markdown_table(table["header"], table["rows"]))
     print(f"wrote {args.out / 'profile.md'} and profile.json; traces in profile/")
-    return 0
 
 
 if __name__ == "__main__":

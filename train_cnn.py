@@ -55,7 +55,7 @@ class CNN(nn.Module):
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
         logits = self.classifier(self.features(x))
-        if self.mirror and not self.training:
+        if self.mirror and not self.training:  # test-time augmentation, for validation and test
             mirrored = self.classifier(self.features(x.flip(3)))
             logits = (logits + mirrored) / 2
         return logits
@@ -73,7 +73,7 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
 
 
 def build(args, data: common.Data, accelerator) -> SimpleNamespace:
-    """Model, optimiser, loss, batches and the rest that a run trains with, and its `config` for config.json.
+    """What a run trains with: model, optimizer, criterion, learning_rate(step), batches, images by split, and config.
 
     `args`: the options, with one learning rate, schedule and seed.
     """
@@ -81,12 +81,13 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
     mean, std = common.mean_and_std(data.splits["train"].images)
     images = {}
     for name, split in data.splits.items():
-        images[name] = common.Images.from_options(split.images.to(device), vars(args), mean, std)
+        images[name] = common.Images(split.images.to(device), vars(args), mean, std)
     torch.manual_seed(common.key_seed(args.seed, "init"))
     model = CNN(data.channels, len(data.classes), args.image_size, mirror=not args.no_flip)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
     optimizer = make_optimizer(model, args)
-    config = describe(args, data, accelerator, model, optimizer, images["train"])
+    example = torch.zeros(1, data.channels, args.image_size, args.image_size, device=device)
+    config = common.make_config(args, accelerator, data, model, optimizer, example, "CNN")
     config["model"] |= {"mean": mean, "std": std}
 
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -105,17 +106,6 @@ def build(args, data: common.Data, accelerator) -> SimpleNamespace:
     )
 
 
-def describe(args, data: common.Data, accelerator, model, optimizer, images: common.Images) -> dict:
-    """What config.json says of a run."""
-    name = args.name or "CNN"
-    # A run can train several classifiers, as the probe's does; here it is one.
-    head = {"name": "cnn", "model": name, "lr": args.lr, "schedule": args.schedule, "features": None}
-    example = images.plain(torch.zeros(1, dtype=torch.int64, device=accelerator.device))
-    config = common.make_config(args, accelerator, data, model, optimizer, example, [head])
-    config["model"]["name"] = name
-    return config
-
-
 def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tuple]:
     """One pass over the training images, with what `build` has built; epochs count from 0.
 
@@ -125,7 +115,8 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tupl
     model, optimizer, batches = training.model, training.optimizer, training.batches
     model.train()
     steps = []
-    # The order of the images, their crops and flips are functions of the seed and the epoch.
+    # A DataLoader gives the order of the images; `Images.augmented` in common.py crops, flips and normalises them on
+    # the device. Both are functions of the seed and the epoch.
     for i, (images, labels) in enumerate(batches.epoch(epoch)):
         rate = training.learning_rate(epoch * len(batches) + i)
         for group in optimizer.param_groups:
@@ -138,7 +129,7 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tupl
         optimizer.step()
 
         # For the log: the plain loss, without label smoothing, as of validation.
-        logits = logits.detach().float()
+        logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
         steps.append((rate, plain_loss, accuracy))
@@ -149,7 +140,7 @@ def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int)
     """Log-probabilities float32 [N, classes] of the images of a split, in eval mode and without gradients."""
     images = training.images[split]
     logits = common.predict(accelerator, training.model, images.plain, len(images), batch_size)
-    return logits.float().log_softmax(1)
+    return logits.log_softmax(1)
 
 
 def train(args, name: str, data: common.Data, accelerator) -> None:
@@ -160,8 +151,9 @@ def train(args, name: str, data: common.Data, accelerator) -> None:
         run.show_images(training.images["train"])
         for epoch in run.epochs(args.epochs):
             steps = train_epoch(accelerator, training, epoch)
+            log_probs = predict(accelerator, training, "val", args.batch_size)  # in eval mode
             # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
-            run.end_epoch(steps, predict(accelerator, training, "val", args.batch_size))
+            run.end_epoch(steps, log_probs)
         run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
 
 
@@ -193,7 +185,7 @@ def load_classifier(run: str | Path):
     @torch.no_grad()
     def classify(files: list[str | Path]) -> list[dict[str, float]]:
         pixels = common.read_files(files, config)
-        images = common.Images.from_options(pixels, options, config["model"]["mean"], config["model"]["std"])
+        images = common.Images(pixels, options, config["model"]["mean"], config["model"]["std"])
         return common.name_classes(model(images.plain(torch.arange(len(pixels)))), classes)
 
     return classify
@@ -206,19 +198,15 @@ def make_parser() -> common.Parser:
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
-    runs = list(common.each_run(args, "lr", "schedule", "seed"))
+    runs = list(common.each_run(args, "lr", "schedule", "seed"))  # the options of each combination
     names = [common.run_name(one, args, parser, "cnn") for one in runs]
     accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
-    if not args.sanity_check:  # which writes no run
-        common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))
-    common.prepare_default_data(accelerator, args.data_dir)
-    data = common.load_data(args.data_dir, args.image_size)
-    accelerator.print(common.summary(data))
+    data = common.open_data(accelerator, args, names)
     if args.sanity_check:
         return sanity_check(runs[0], data, accelerator)
     for one, name in zip(runs, names):
         train(one, name, data, accelerator)
-        accelerator.free_memory()
+        accelerator.free_memory()  # or it keeps each model
     accelerator.end_training()
     return 0
 

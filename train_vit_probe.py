@@ -189,12 +189,11 @@ def describe(args, data: common.Data, accelerator, model, optimizer, example, he
         head["architecture"] = repr(layer)
         head["trainable"] = sum(p.numel() for p in layer.parameters())
         head["parameters"] = head["trainable"] + identity["parameters"]
-    config = common.make_config(args, accelerator, data, model, optimizer, example, heads)
+    config = common.make_config(args, accelerator, data, model, optimizer, example, "ViT-Tiny", heads)
     config["model"] |= {
         "parameters": heads[0]["parameters"],
         "trainable": heads[0]["trainable"],
         "backbone": identity,
-        "name": args.name or "ViT-Tiny",
         "mean": [MEAN],
         "std": [STD],
     }
@@ -291,7 +290,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        blocks = sorted({block_of(part) for part in self.parts} | {BLOCKS - 1})
+        blocks = sorted({block_of(part) for part in self.parts})
         with common.autocast(x.device, self.precision):
             outputs = self.vit.forward_intermediates(
                 x.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
@@ -329,7 +328,7 @@ def find_weights(named: str | None) -> Path:
             urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5)
         return Path(hf_hub_download(*where))
     except Exception as error:  # the client's errors have no common base
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = common.brief(error)
         raise UserError(f"could not fetch {'/'.join(where)} from the hub ({why}): give --weights FILE") from None
 
 
@@ -378,7 +377,7 @@ def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
         except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
             if common.is_system_error(error):
                 raise
-            why = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
+            why = common.brief(error)
             raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
     return vit.eval().requires_grad_(False)
 
@@ -402,10 +401,10 @@ def open_backbone(kind: str, file: Path | None, parts: list[str], image_size: in
     return Backbone(vit, precision, parts).to(accelerator.device), identity
 
 
-def make_images(split: common.Split, args, device) -> common.Images:
-    """Images of a split as the ViT takes them, but for the channels."""
-    mean, std = [MEAN] * split.images.shape[1], [STD] * split.images.shape[1]
-    return common.Images.from_options(split.images.to(device), vars(args), mean, std, bicubic=True)
+def make_images(pixels: torch.Tensor, args, device) -> common.Images:
+    """Images, uint8 [N, C, S, S], as the ViT takes them, but for the channels."""
+    channels = pixels.shape[1]
+    return common.Images(pixels.to(device), vars(args), [MEAN] * channels, [STD] * channels, bicubic=True)
 
 
 def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) -> tuple[dict, float]:
@@ -455,7 +454,7 @@ def extract(args, name: str, split: common.Split, view, backbone, identity, acce
     found = common.on_main_process(accelerator, lambda: read_cache(folder, backbone.parts, len(split.labels)))
     missing = [part for part in backbone.parts if part not in found]
     if missing:
-        images = make_images(split, args, accelerator.device)
+        images = make_images(split.images, args, accelerator.device)
         inputs = images.plain if view is None else lambda index: images.augmented(index, view)
         # On a CPU what fits its cache is fastest.
         batch_size = (256 if accelerator.device.type == "cuda" else 16) * accelerator.num_processes
@@ -511,6 +510,8 @@ def load_classifier(run: str | Path, weights: str | None = None):
     from accelerate import PartialState
 
     config = common.read_json(Path(run) / "config.json")
+    if not config["model"]["backbone"]:
+        raise UserError(f"{run}: is of another model than this script's: use the script that trained it")
     heads, classes, options = config["heads"], config["data"]["classes"], argparse.Namespace(**config["options"])
     best = max(common.read_metrics(Path(run) / "metrics.jsonl"), key=common.merit)["head"]
     chosen = [head["name"] for head in heads].index(best)
@@ -527,8 +528,7 @@ def load_classifier(run: str | Path, weights: str | None = None):
     @torch.no_grad()
     def classify(files: list[str | Path]) -> list[dict[str, float]]:
         pixels = common.read_files(files, config)
-        split = common.Split(pixels, torch.zeros(len(pixels)), [])
-        images = make_images(split, options, device)
+        images = make_images(pixels, options, device)
         logits = model(backbone(images.plain(torch.arange(len(pixels), device=device))))
         return common.name_classes(logits[:, chosen], classes)
 
@@ -552,7 +552,7 @@ def make_parser() -> common.Parser:
         "--views",
         type=common.number(int, 0, 1000),
         default=0,
-        help="augmented views of each training image, one an epoch in turn; 0: the plain image",
+        help="augmented views of each training image, one an epoch in turn; 0: the image without crop and flip",
     )
     add("--weights", help=f"file of {BACKBONE}'s weights (safetensors, or a checkpoint of timm's)")
     add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
@@ -569,11 +569,7 @@ def main() -> int:
     prefix = {"pretrained": "vit", "random": "vit-random", "recorded features": "vit-recorded"}[kind]
     runs = list(common.each_run(args, "seed"))
     names = [common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}") for one in runs]
-    if not args.sanity_check:  # which writes no run
-        common.on_main_process(accelerator, lambda: common.check_free(names, args.resume))
-    common.prepare_default_data(accelerator, args.data_dir)
-    data = common.load_data(args.data_dir, args.image_size)
-    accelerator.print(common.summary(data))
+    data = common.open_data(accelerator, args, names)
     common.check_batch_size(len(data.splits["train"].labels), args.batch_size, accelerator.num_processes)
     backbone, identity = open_backbone(kind, file, all_parts(args.features), args.image_size, accelerator)
     if args.sanity_check:

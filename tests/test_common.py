@@ -120,13 +120,18 @@ def test_resample_equals_torchvisions_resized_crop_and_flip(side, size, bicubic,
         assert (our - theirs).abs().max() < 1e-4 * 255, (box, flip)
 
 
+def look(size, crop_scale=0.9, no_flip=False, seed=0):
+    """The options that common.Images takes."""
+    return {"image_size": size, "crop_scale": crop_scale, "no_flip": no_flip, "seed": seed}
+
+
 @pytest.mark.parametrize("bicubic, mode", MODES, ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("side, size", [(28, 28), (28, 224), (28, 45), (1, 3)])
 def test_plain_equals_torchvisions_resize_crop_normalize(side, size, bicubic, mode):
     images = pictures(6, side, channels=3)
     mean, std = [0.2, 0.5, 0.7], [0.3, 0.25, 0.9]
     order = torch.tensor([4, 0, 0, 5])
-    ours = common.Images(images, size, mean, std, bicubic).plain(order)
+    ours = common.Images(images, look(size), mean, std, bicubic).plain(order)
     assert ours.shape == (4, 3, size, size) and ours.dtype == torch.float32
     steps = [v2.Resize(size, mode, antialias=True), v2.CenterCrop(size), v2.Normalize(mean, std)]
     theirs = v2.Compose(steps)(images[order].float() / 255)
@@ -138,7 +143,8 @@ def test_augmented_equals_torchvisions_crop_flip_normalize(flip):
     images = pictures(40, 28)
     boxes, flips = common.random_crops(40, 28, 0.3, common.generator(5, "augment", 3))
     assert 0 < flips.sum() < 40
-    ours = common.Images(images, 32, [0.3], [0.4], crop_scale=0.3, flip=flip, seed=5).augmented(torch.arange(40), 3)
+    options = look(32, crop_scale=0.3, no_flip=not flip, seed=5)
+    ours = common.Images(images, options, [0.3], [0.4]).augmented(torch.arange(40), 3)
     for image, box, flipped, our in zip(images, boxes.tolist(), flips, ours):
         theirs = v2.functional.resized_crop(image.float() / 255, *box, [32, 32], antialias=True)
         theirs = v2.functional.horizontal_flip(theirs) if flip and flipped else theirs
@@ -148,7 +154,8 @@ def test_augmented_equals_torchvisions_crop_flip_normalize(flip):
 def test_without_flips_the_crops_are_the_same():
     images, every = pictures(60, 28), torch.arange(60)
     flipped, upright = (
-        common.Images(images, 28, [0.3], [0.4], crop_scale=0.5, flip=flip).augmented(every, 1) for flip in (True, False)
+        common.Images(images, look(28, crop_scale=0.5, no_flip=no_flip), [0.3], [0.4]).augmented(every, 1)
+        for no_flip in (False, True)
     )
     same = (flipped == upright).flatten(1).all(1)
     assert 10 < same.sum() < 50
@@ -187,7 +194,7 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
     images = pictures(50, 28)
 
     def fresh(seed=0):
-        return common.Images(images, 28, [0.3], [0.4], seed=seed)
+        return common.Images(images, look(28, seed=seed), [0.3], [0.4])
 
     whole = fresh().augmented(torch.arange(50), 2)
     order = torch.randperm(50, generator=common.generator(1))
@@ -203,7 +210,7 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
 def test_augmentation_leaves_torchs_own_random_numbers_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    common.Images(pictures(9, 8), 8, [0.3], [0.4]).augmented(torch.arange(9), 0)
+    common.Images(pictures(9, 8), look(8), [0.3], [0.4]).augmented(torch.arange(9), 0)
     list(common.EpochSampler(9, 2, 0))
     assert torch.equal(torch.get_rng_state(), before)
 

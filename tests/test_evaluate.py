@@ -220,7 +220,12 @@ def test_figures_equal_scikit_learns(monkeypatch, no_pictures):
     assert row["Macro-F1"] == f"{np.mean(f1s):.4f} ± {np.std(f1s, ddof=1):.4f}"
     interval = binomtest(round(90 * np.mean(accuracies)), 90).proportion_ci(method="wilson")
     assert row["95% interval"] == f"{100 * interval.low:.2f} to {100 * interval.high:.2f}"
-    assert row["Images"] == "90 test" and row["Seconds"] == "3.0" and row["Seeds"] == "2"
+    assert (
+        row["Trained on"] == "60"
+        and row["Reported on"] == "90 test"
+        and row["Seconds"] == "3.0"
+        and row["Seeds"] == "2"
+    )
     for row, f1 in zip(table(section("Classes")), np.mean(of_class, 0), strict=True):
         assert row["CNN, 2 epochs"] == f"{f1:.4f}" and row["Images"] == "30"
 
@@ -322,6 +327,49 @@ def test_repeats_are_counted_once_and_said(monkeypatch, no_pictures, capsys):
     assert len(rows_of_csv()) == 2
 
 
+def test_seeds_of_two_versions_of_a_script_are_noted():
+    paths = [make_run(f"a-s{seed}", seed=seed) for seed in range(2)]
+    assert not study_of(*paths).notes
+    for path, digits in zip(paths, "xy"):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"script": digits}))
+    (note,) = study_of(*paths).notes
+    assert note.startswith("CNN, 2 epochs: the script was changed between its seeds")
+
+
+def test_variants_of_three_numbers_of_epochs_are_all_listed(monkeypatch, no_pictures, capsys):
+    names = ["baseline", "batchnorm off", "dropout", "four blocks", "sgd"]
+    for name in names:
+        for epochs in (1, 2, 5):
+            make_run(f"{name}-e{epochs}", [make_head(model=name)], epochs=epochs)
+    run_main(monkeypatch)
+    rows = [(row["Model"], row["Epochs"]) for row in table(section("5 Comparison"))]
+    assert sorted(rows) == [(name, epochs) for name in names for epochs in "125"]
+    # Side by side are four: it says which.
+    assert "5 of 5 models" in section("5 Comparison")
+    shown_here = re.search(r"mistakes\): (.*), the best by validation", section("5 Comparison"))[1].split(", ")
+    assert len(shown_here) == 4 and set(shown_here) < set(names)
+    assert "only in runs.csv" not in capsys.readouterr().out
+
+
+def test_what_finds_no_room_is_said(monkeypatch, no_pictures):
+    for name, counts in {"a": (1, 5, 10), "b": (1, 5, 10), "c": (3,)}.items():
+        for epochs in counts:
+            make_run(f"{name}-{epochs}", [make_head(model=name)], epochs=epochs)
+    run_main(monkeypatch)
+    assert {row["Model"] for row in table(section("5 Comparison"))} == {"a", "b"}
+    left_out = section("What was left out")
+    assert "only in runs.csv, for lack of room: c" in left_out and "runs of 3 epochs" in left_out
+
+
+def test_the_longest_runs_are_compared_in_pairs_whatever_else_there_is(monkeypatch, no_pictures):
+    for name in "abcd":
+        for epochs in (1, 5, 10):
+            make_run(f"{name}-{epochs}", [make_head(model=name)], epochs=epochs)
+    run_main(monkeypatch)
+    assert [row["Epochs"] for row in table(section("Differences"))] == ["1"] * 6 + ["10"] * 6
+
+
 def test_the_best_of_each_kind_stays_beside_the_best():
     features = ["class", "last", *(f"grid{i}" for i in range(12))]
     accuracies = {"class": 0.75, "last": 0.8}
@@ -342,7 +390,7 @@ def test_without_test_images_everything_is_on_validation(monkeypatch, no_picture
     make_run("a", counts=(60, 45))
     assert run_main(monkeypatch) == 0
     (row,) = table(section("Comparison"))
-    assert row["Images"] == "45 validation" and row["Accuracy (%)"] == row["Validation (%)"]
+    assert row["Reported on"] == "45 validation" and row["Accuracy (%)"] == row["Validation (%)"]
     assert "every figure is of validation" in section("Data")
     assert not [key for key in rows_of_csv()[0] if key.startswith("test")]
 
@@ -416,6 +464,38 @@ def test_the_report_has_the_homeworks_parts(monkeypatch, no_pictures):
     assert "`--lr" in section("Learning rates")
 
 
+def test_what_a_changed_cnn_changes_is_said(monkeypatch, no_pictures):
+    def network(*layers):
+        lines = [f"    ({i}): {layer}" for i, layer in enumerate(layers)]
+        return "\n".join(["CNN(", "  (features): Sequential(", *lines, "  )", ")"])
+
+    narrow, relu = "Conv2d(1, 32, kernel_size=(3, 3))", "ReLU()"
+    usual = network(narrow, relu)
+    make_run("best", [make_head(model="best", accuracy=0.99)], architecture=usual)
+    make_run("dropout", [make_head(model="dropout")], architecture=network(narrow, "Dropout(p=0.3)", relu))
+    wide = network("Conv2d(1, 32, kernel_size=(5, 5))", relu)  # the same types and shapes
+    make_run("kernel", [make_head(model="kernel")], architecture=wide)
+    make_run("sgd", [make_head(model="sgd")], architecture=usual, optimizer="SGD (momentum=0.9)")
+    make_run("smooth", [make_head(model="smooth")], architecture=usual, options={"label_smoothing": 0.3})
+    run_main(monkeypatch)
+    said = dict(re.findall(r"^- (\w+): 1,000 parameters; (.*)$", section("The CNN").replace("\\", ""), re.M))
+    assert said == {
+        "dropout": "+ Dropout(p=0.3)",
+        "kernel": "- Conv2d(1, 32, kernel_size=(3, 3)), + Conv2d(1, 32, kernel_size=(5, 5))",
+        "sgd": "SGD (momentum=0.9)",
+        "smooth": "label smoothing 0.3",
+    }
+
+
+def test_answers_are_kept_where_the_last_section_was_removed(monkeypatch, no_pictures):
+    make_run("a")
+    run_main(monkeypatch)
+    text = report().split("## 8 Versions")[0].replace("Your answer:", "Mine.")
+    Path("report/report.md").write_text(text)
+    run_main(monkeypatch)
+    assert report().count("Mine.") == 5 and report().count("## 8 Versions") == 1
+
+
 def test_answers_in_the_report_are_kept(monkeypatch, no_pictures):
     make_run("a")
     run_main(monkeypatch)
@@ -437,6 +517,29 @@ def test_rates_are_rows(monkeypatch, no_pictures):
     values = {float(row["lr"]): f"{100 * float(row['val_accuracy']):.2f}" for row in rows_of_csv()}
     assert {float(row["Learning rate"]): row["CNN, 2 epochs"] for row in rows} == values
     assert {row["Schedule"] for row in rows} == {"cosine"}
+
+
+def test_the_best_rate_has_a_row_however_many_were_tried(monkeypatch, no_pictures):
+    rates = [round(0.001 * i, 3) for i in range(1, 21)]
+    heads = [make_head(lr=rate, accuracy=0.99 if rate in rates[-3:] else 0.5) for rate in rates]
+    for i, head in enumerate(heads):
+        make_run(f"run{i}", [head])
+    run_main(monkeypatch)
+    rows = {float(row["Learning rate"]) for row in table(section("Learning rates"))}
+    assert len(rows) == 12 and set(rates[-3:]) <= rows and "8 more: runs.csv" in section("Learning rates")
+
+
+def test_a_schedule_of_ones_own_has_a_row_beside_the_others(monkeypatch, no_pictures):
+    for schedule in ("cosine", "constant", "triangle"):
+        make_run(schedule, [make_head(schedule=schedule)])
+    run_main(monkeypatch)
+    rows = table(section("Learning rates"))
+    assert [(row["Learning rate"], row["Schedule"]) for row in rows] == [
+        ("0.005", "constant"),
+        ("0.005", "cosine"),
+        ("0.005", "triangle"),
+    ]
+    assert all(float(row["CNN, 2 epochs"]) > 0 for row in rows)
 
 
 def test_runs_csv_has_numbers_and_the_options_that_vary(monkeypatch, no_pictures):
@@ -533,6 +636,33 @@ def test_few_rates_and_blocks_have_no_picture():
     assert {"accuracy-by-lr.png", "which-layer.png"} < names.keys()
 
 
+def test_blocks_are_compared_with_all_else_equal(monkeypatch, no_pictures):
+    for i in (1, 2, 3):
+        make_run(f"grid{i}", [make_head(f"grid{i}", model=f"ViT grid{i}", accuracy=0.6 + 0.1 * i)])
+    other = make_head("grid2", model="ViT grid2", accuracy=0.99)
+    make_run("more-data", [other], counts=(600, 450, 900))
+    study = study_of(*Path("runs").iterdir())
+    blocks = study.blocks(2)
+    assert list(blocks) == [1, 2, 3] and {len(s.first.labels) for s in blocks.values()} == {90}
+    assert "block 3 is the best" in evaluate.layers_text(study) and "45 images" in evaluate.layers_text(study)
+
+
+def test_augmentation_of_a_probe_shows_its_views_in_turn():
+    description = save_images()
+    options = {"views": 2, "image_size": 16, "name": "probe"}
+    make_run("probe", [make_head("grid3")], data=description, counts=(60, 45, 90), options=options)
+    study = study_of("runs/probe")
+    split = common.load_data("data", 16).splits["train"]
+    figure = evaluate.draw_augmentation(study.classifiers[0], CLASSES, split)
+    columns = {axes.get_title(): axes.get_images()[0].get_array() for axes in figure.axes[:6]}
+    assert np.array_equal(columns["epoch 1"], columns["epoch 3"])
+    assert not np.array_equal(columns["epoch 1"], columns["epoch 2"])
+    config = study.classifiers[0].config
+    images = common.Images(split.images, config["options"], [0.5], [0.5], bicubic=True)
+    expected = images.shares(images.augmented(torch.tensor([0]), 1))[0, 0]
+    assert np.allclose(columns["epoch 2"], expected.numpy())
+
+
 def test_one_bad_run_does_not_flatten_the_curves():
     make_run("good", [make_head(accuracy=0.95)], epochs=3, loss=0.3)
     make_run("bad", [make_head(model="bad", accuracy=0.0)], epochs=3, loss=1e6)
@@ -543,6 +673,17 @@ def test_one_bad_run_does_not_flatten_the_curves():
     assert loss.get_ylim()[1] < 5 and accuracy.get_ylim()[0] > 40
     assert [bar.get_width() for bar in time.patches] == [0, 4.5, 70, 4.5, 0, 4.5]
     assert len({line.get_color() for line in accuracy.lines}) == 3
+
+
+def test_confusion_matrices_are_labelled_where_one_is_missing():
+    make_run("a-1", [make_head(model="a")], epochs=1)
+    make_run("b-1", [make_head(model="b")], epochs=1)
+    make_run("b-2", [make_head(model="b")], epochs=2)
+    figure = evaluate.draw_confusions(study_of(*sorted(Path("runs").iterdir())))
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    labelled = {title: (bool(axes.get_ylabel()), bool(axes.get_xlabel())) for title, axes in panels.items()}
+    # On the left of each row and below each column.
+    assert labelled == {"a, 1 epoch": (True, True), "b, 1 epoch": (False, False), "b, 2 epochs": (True, True)}
 
 
 def test_a_picture_that_fails_does_not_cost_the_report(monkeypatch):
@@ -589,7 +730,10 @@ def test_clears_only_its_own_files(monkeypatch, empty_pictures):
         {"heads": []},
         {"heads": ["cnn"]},
         {"data": {"classes": 3}},
+        {"data": {"classes": CLASSES}},
+        {"environment": {}},
         {"model": []},
+        {"model": {"architecture": "CNN()"}},
         {"feature_seconds": "long"},
     ],
     ids=str,

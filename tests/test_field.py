@@ -571,6 +571,13 @@ def test_a_mistake_is_said_where_stdout_takes_nothing(workdir, how):
     assert_user_error(ended, "1000")
 
 
+@linux
+@pytest.mark.parametrize("how", ["pipe", "full"])
+def test_a_mistake_ends_with_2_where_stderr_takes_nothing(workdir, how):
+    ended = forked.run(*CNN, "--batch-size", "1000", cwd=workdir, hook=stream_becomes, hook_args=(2, how))
+    assert ended.returncode == 2, ended.returncode
+
+
 # ------------------------------------------------------------------------------------------ 15: wrong advice
 
 

@@ -361,6 +361,34 @@ def test_an_empty_folder_or_a_link_to_one_is_filled(idx, tmp_path):
     assert names_in(tmp_path) == ["data", "real"]
 
 
+def test_the_users_files_outlive_a_kill_between_the_renames(idx, tmp_path):
+    out, work = tmp_path / "data", tmp_path / ".data.tmp"
+    make(idx, out)
+    write_folder(out, {".git/config": b"mine"})
+    work.mkdir()
+    out.rename(work / "old")
+    make(idx, out, seed=1, force=True)
+    assert whole(out)["seed"] == 1 and (out / ".git/config").read_bytes() == b"mine"
+    assert names_in(tmp_path) == ["data"]
+
+
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_be(idx, tmp_path, monkeypatch):
+    out, rename = tmp_path / "data", Path.rename
+
+    def fails(path, target):
+        if path.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    before = make(idx, out)
+    write_folder(out, {".git/config": b"mine"})
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        make(idx, out, seed=1, force=True)
+    assert whole(out) == before and (out / ".git/config").read_bytes() == b"mine"
+    assert names_in(tmp_path) == ["data"]
+
+
 def test_killed_at_any_moment(tmp_path):
     source = write_folder(tmp_path / "idx", idx_entries(random_items(60, (6, 8), 3), random_items(30, (6, 8), 4)))
     folder = tmp_path / "work"

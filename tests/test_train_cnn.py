@@ -187,6 +187,21 @@ def test_four_blocks_build_and_learn():
     assert all(p.grad.abs().sum() > 0 for p in model.parameters()) and losses[-1] < 0.3 < losses[0]
 
 
+def test_layers_that_give_more_than_a_tensor_are_listed():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.GRU(8, 5, batch_first=True)
+            self.classifier = nn.Linear(5, 3)
+
+        def forward(self, x):
+            outputs, _ = self.rows(x[:, 0])
+            return self.classifier(outputs[:, -1])
+
+    table = common.layer_table(Recurrent(), torch.zeros(1, 1, 8, 8))
+    assert [row[:2] for row in table] == [["rows GRU", [8, 5]], ["classifier Linear", [3]]]
+
+
 def test_building_the_network_leaves_no_trace_in_its_statistics():
     norms = [module for module in train_cnn.CNN(1, 3, 28).modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(norm.num_batches_tracked == 0 and not norm.running_mean.any() for norm in norms)
@@ -398,10 +413,11 @@ def test_histograms_of_every_weight_and_gradient_each_epoch(trained):
 
 
 def test_images_are_the_augmented_training_images_of_each_class(trained, data):
-    look, events = config_of(trained)["model"], read_events(trained)
+    config, events = config_of(trained), read_events(trained)
+    look = config["model"]
     assert set(events.Tags()["images"]) == {"confusion matrix", *(f"training images/{name}" for name in data.classes)}
     train = data.splits["train"]
-    images = common.Images(train.images, 28, look["mean"], look["std"])
+    images = common.Images(train.images, config["options"], look["mean"], look["std"])
     for label, name in enumerate(data.classes):
         shown = []
         for event in events.Images(f"training images/{name}"):
@@ -440,15 +456,7 @@ def plain_network(classes=6, size=28):
 def batches_of(config, data, epoch):
     """The augmented images and labels of an epoch's batches."""
     options, look, train = config["options"], config["model"], data.splits["train"]
-    images = common.Images(
-        train.images,
-        options["image_size"],
-        look["mean"],
-        look["std"],
-        crop_scale=options["crop_scale"],
-        flip=not options["no_flip"],
-        seed=options["seed"],
-    )
+    images = common.Images(train.images, options, look["mean"], look["std"])
     sampler = common.EpochSampler(len(train.labels), options["batch_size"], options["seed"])
     sampler.epoch = epoch
     for index in map(torch.tensor, sampler):
@@ -565,6 +573,27 @@ def test_an_existing_run_is_refused_before_any_work_and_resumes_to_nothing(sweep
     assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
 
 
+def resume_twice(name):
+    """A hook: the run is refused with another setting, and then resumed in the same process, as in a notebook."""
+    main = train_cnn.main
+
+    def both():
+        sys.argv[1:] = ["--resume", "--name", name, *sys.argv[1:], "--crop-scale", "0.5"]
+        with pytest.raises(common.UserError, match="another setting"):
+            main()
+        del sys.argv[-2:]
+        main()
+
+    train_cnn.main = both
+
+
+def test_a_refused_run_can_be_resumed_by_the_same_process(tiny):
+    done = forked.run("train_cnn.py", *TINY, "--name", "a", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    done = forked.run("train_cnn.py", *TINY, cwd=tiny, hook=resume_twice, hook_args=("a",))
+    assert done.returncode == 0 and "already complete" in done.stdout, done.stderr
+
+
 def test_resume_without_a_run_says_that_it_starts_one(tiny):
     done = forked.run("train_cnn.py", *TINY, "--epochs", 1, "--name", "new", "--resume", cwd=tiny)
     assert done.returncode == 0 and "no run to resume" in done.stdout and "start" in done.stdout, done.stdout
@@ -651,6 +680,7 @@ def test_torch_compile_trains_and_saves_the_same_network(tmp_path):
         (["--label-smoothing", 1], "--label-smoothing"),
         (["--schedule", "linear"], "--schedule"),
         (["--name", "a/b"], "--name"),
+        (["--name", ""], "--name"),
         (["--learning-rate", 1], "--learning-rate"),
     ],
 )
@@ -847,9 +877,13 @@ def test_load_classifier_agrees_with_the_stored_predictions(trained, small_data,
 def test_load_classifier_takes_photographs(trained, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 60, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    (answer,) = train_cnn.load_classifier(trained)([tmp_path / "photo.jpg"])
-    assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
     classify = train_cnn.load_classifier(trained)
+    (answer,) = classify([tmp_path / "photo.jpg"])
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
+    # One file is a list of one, not of its letters.
+    assert classify(str(tmp_path / "photo.jpg")) == classify(tmp_path / "photo.jpg") == [answer]
+    with pytest.raises(common.UserError, match="no image files"):
+        classify([])
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(common.UserError, match="text.png"):
         classify([tmp_path / "photo.jpg", tmp_path / "text.png"])
@@ -1003,6 +1037,16 @@ def test_sanity_check_passes_and_writes_nothing(tiny):
     done = forked.run("train_cnn.py", "--sanity-check", *TINY, cwd=tiny)
     assert done.returncode == 0 and "sanity check: pass: 32 images, accuracy 100.0%" in done.stdout, done.stdout
     assert not (tiny / "runs").exists()
+
+
+def test_sanity_check_after_the_run_of_the_same_options(tiny):
+    done = forked.run("train_cnn.py", *TINY, "--epochs", 1, cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tiny / "runs").iterdir()
+    before = result(run)
+    done = forked.run("train_cnn.py", "--sanity-check", *TINY, "--epochs", 1, cwd=tiny)
+    assert done.returncode == 0 and "sanity check: pass" in done.stdout, done.stderr
+    assert result(run) == before and list((tiny / "runs").iterdir()) == [run]
 
 
 class Noise:

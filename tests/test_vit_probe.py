@@ -167,7 +167,7 @@ def test_features_equal_timms_own_forward(data, weights, size):
     ours = backbone(x)
     assert ours.dtype == torch.float16 and ours.shape == (3, 2 * WIDTH + 3 * 9 * WIDTH)
     assert torch.allclose(ours.float(), by_hand(theirs, x, parts), atol=2e-3, rtol=2e-3)
-    images = probe.make_images(data.splits["train"], options("--image-size", size), torch.device("cpu"))
+    images = probe.make_images(data.splits["train"].images, options("--image-size", size), torch.device("cpu"))
     assert torch.allclose(images.plain(torch.tensor([0, 16, 32])).expand(-1, 3, -1, -1), x, atol=1e-4)
 
 
@@ -198,9 +198,9 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(data):
 @torch.no_grad()
 def test_grey_images_become_three_equal_channels():
     grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8, generator=common.generator("grey"))
-    splits = [common.Split(images, torch.zeros(2), []) for images in (grey, grey.expand(-1, 3, -1, -1))]
-    args = options("--image-size", 32)
-    x, x3 = (probe.make_images(split, args, torch.device("cpu")).plain(torch.tensor([1, 0])) for split in splits)
+    args, index = options("--image-size", 32), torch.tensor([1, 0])
+    pixels = grey, grey.expand(-1, 3, -1, -1)
+    x, x3 = (probe.make_images(images, args, torch.device("cpu")).plain(index) for images in pixels)
     assert x.shape[2:] == (32, 32) and torch.equal(x3, x.expand(-1, 3, -1, -1))
     backbone = backbone_of(["class", "grid2"], size=32)
     assert torch.equal(backbone(x), backbone(x3))
@@ -725,6 +725,7 @@ def test_an_impossible_option_ends_in_one_line_and_leaves_no_folder(tiny, option
         options = [*RANDOM, *options]
     assert_user_error(forked.run("train_vit_probe.py", *options, cwd=tiny), say)
     assert not list((tiny / "runs").glob("*"))
+    assert not (tiny / "features").exists()  # said before minutes of forward passes
 
 
 # ------------------------------------------------------------------------------------ using a trained model
@@ -741,6 +742,16 @@ def test_load_classifier_refuses_other_folders(sweep, tmp_path):
     run = shutil.copytree(sweep.runs[0], tmp_path / "run")
     config = config_of(run)
     config["model"]["architecture"] += "x"
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(common.UserError, match="another model"):
+        probe.load_classifier(run)
+
+
+def test_load_classifier_refuses_a_cnns_run(sweep, tmp_path):
+    run = shutil.copytree(next(iter(sweep.runs.values())), tmp_path / "run")
+    config = config_of(run)
+    config["model"]["backbone"] = None
+    del config["options"]["features"]
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(common.UserError, match="another model"):
         probe.load_classifier(run)
@@ -765,7 +776,7 @@ def test_features_a_training_step_and_predictions_stay_on_the_device(data, fake_
     vit = really(timm.create_model)(MODEL, num_classes=0).eval()
     backbone = probe.Backbone(vit, "no", parts).to(fake_device.device)
     assert on_device(backbone.parameters())
-    images = probe.make_images(data.splits["val"], args, fake_device.device)
+    images = probe.make_images(data.splits["val"].images, args, fake_device.device)
     for inputs in (images.plain, lambda index: images.augmented(index, 1)):
         made = common.predict(fake_device, backbone, inputs, n, 4)
         assert on_device(fake_device.gathered) and len(fake_device.gathered) == 2

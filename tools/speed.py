@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ import common  # noqa: E402
 import train_cnn  # noqa: E402
 import train_vit_probe as probe  # noqa: E402
 from common import markdown_table  # noqa: E402
+from profile_models import now  # noqa: E402
 from tools.usual_way import usual_loader  # noqa: E402
 
 WORKERS = 2  # of the usual DataLoader
@@ -42,13 +42,6 @@ OURS = "the passes"
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
-def now() -> float:
-    """Seconds, when the device has done all that it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def in_turn(repeats: int, functions: dict) -> dict:
@@ -62,14 +55,13 @@ def in_turn(repeats: int, functions: dict) -> dict:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def run(bench, script: str, *options) -> str:
-    """Run a script to its end in the temporary folder; what it printed. Raises RuntimeError when it fails."""
+def run(bench, script: str, *options) -> None:
+    """Run a script to its end in the temporary folder. Raises RuntimeError when it fails."""
     command = [sys.executable, str(ROOT / script), "--data-dir", str(bench.data_dir), *map(str, options)]
     print(f"  {script} {' '.join(map(str, options))}", flush=True)
     done = subprocess.run(command, cwd=bench.folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} ended with {done.returncode}:\n{done.stderr}")
-    return done.stdout
 
 
 class FixedBatch:
@@ -171,7 +163,7 @@ def pipeline_table(bench) -> str:
     the usual way from the files, in batches of the scripts' sizes. Last column: how many times as fast ours is.
     """
     split = bench.data.splits["train"]
-    images, labels = probe.make_images(split, bench.probe, bench.device), split.labels.to(bench.device)
+    images, labels = probe.make_images(split.images, bench.probe, bench.device), split.labels.to(bench.device)
     batches = common.Batches(bench.accelerator, images.augmented, labels, bench.probe.batch_size, seed=0)
     rows = pipeline_rows(bench, bench.training.batches, bench.cnn, most=75, grey=True)
     rows += pipeline_rows(bench, batches, bench.probe, most=30, grey=False)
@@ -316,7 +308,7 @@ TABLES = {
 }
 
 
-def main() -> int:
+def main() -> None:
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
     add("--tables", choices=list(TABLES), nargs="+", default=list(TABLES), help="only these")
@@ -330,7 +322,8 @@ def main() -> int:
         environment = common.environment(bench.accelerator)
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
         text = f"# Speed\n\nMachine: {environment['device']}, threads: {environment['threads']}, {versions}.\n\n"
-        text += f"D{common.summary(bench.data)[1:]}. Seconds are medians of {bench.repeats} or more runs in turn.\n"
+        counts = ", ".join(f"{count:,} {split}" for split, count in bench.data.description["counts"].items())
+        text += f"Images: {counts}. Seconds are medians of {bench.repeats} or more runs in turn.\n"
         for name in args.tables:
             title, _, intro = TABLES[name].__doc__.partition("\n\n")
             print(f"measuring: {title}", flush=True)
@@ -340,7 +333,6 @@ def main() -> int:
             text += f"\n## {title}\n\n{intro}\n\n{table}"
             common.atomic_write(args.out, text)
     print(f"wrote {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
