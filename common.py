@@ -287,11 +287,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: up to 1 GB free at its end may stay
 
 
+def is_set(name: str) -> bool:
+    """Whether an environment variable switches something on."""
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
 def check_settings() -> None:
     """Raise UserError for settings from outside (`accelerate config`, MPI) that would change the result unseen."""
     for name, value in os.environ.items():
-        asked = value.lower() not in ("", "0", "false", "no", "off")
-        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and asked:
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and is_set(name):
             raise UserError(f"{name}={value}: not supported here: run `accelerate config` again, or unset it")
     accepted = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ["1"], "ACCELERATE_MIXED_PRECISION": ["no", "fp16", "bf16"]}
     if "WORLD_SIZE" not in os.environ:  # what mpirun sets, but not torchrun
@@ -329,11 +333,10 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
-    from accelerate.utils import parse_flag_from_env
 
     keep_freed_memory()
     check_settings()
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    cpu = is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     precision, world = choose_precision(mixed_precision, cpu), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # a notebook's kernel remembers the last script's
@@ -361,7 +364,8 @@ def make_accelerator(mixed_precision: str | None = None, deterministic: bool = F
         if "DynamoBackend" in str(error):
             backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND")
             raise UserError(f"ACCELERATE_DYNAMO_BACKEND={backend}: not known to Accelerate: unset it") from None
-        raise UserError(f"--mixed-precision {precision}: {brief(error)}") from None
+        what = "give another --mixed-precision, or run `accelerate config` again"
+        raise UserError(f"Accelerate refuses its settings ({brief(error)}): {what}") from None
     if accelerator.num_processes != world:
         raise alone
     threads = f"threads of each: {torch.get_num_threads()}, precision {precision.replace('no', 'fp32')}"

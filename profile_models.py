@@ -172,7 +172,8 @@ def write_trace(training, accelerator, epochs: int, steps: int, path: Path):
     """Write a trace of the first `steps` steps of each of `epochs` epochs; return the profiler's sums."""
     named = copy.copy(accelerator)
     named.backward = record_function("backward")(accelerator.backward)
-    with torch.profiler.profile() as profiler:  # the CPU and what else there is
+    # The CPU and what else there is; some versions of torch warn without acc_events, which here changes nothing.
+    with torch.profiler.profile(acc_events=True) as profiler:
         train(training, named, epochs, steps)
         now()
     path.parent.mkdir(parents=True, exist_ok=True)

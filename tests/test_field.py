@@ -293,6 +293,18 @@ def test_a_setting_that_is_refused_ends_in_one_line(workdir):
     assert not (workdir / "runs").exists()
 
 
+def test_fp16_on_the_cpu_of_a_machine_with_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # accelerate launch --cpu
+    with pytest.raises(common.UserError, match="fp16: needs a GPU"):
+        common.make_accelerator("fp16")
+
+
+def test_a_setting_that_accelerate_itself_refuses_ends_in_one_line(workdir):
+    ended = forked.run(*CNN, cwd=workdir, env={"ACCELERATE_USE_CPU": "maybe"})
+    assert_user_error(ended, "maybe", "accelerate config")
+
+
 def test_settings_that_ask_for_nothing_are_fine(workdir, usual):
     env = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "PMI_SIZE": "1"}
     env |= {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "False", "ACCELERATE_DYNAMO_BACKEND": "NO"}
