@@ -914,6 +914,7 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy {best['accuracy']:.1%}, "
         f"loss {best['loss']:.4f} (needs 100% and less than 0.05)"
     )
+    accelerator.wait_for_everyone()  # before `cli` ends this process, which another may still be listening to
     return 0 if passed else 1
 
 

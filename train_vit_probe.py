@@ -577,7 +577,7 @@ def main() -> int:
     for one, name in zip(runs, names):
         train(one, name, data, backbone, identity, accelerator)
         accelerator.free_memory()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()  # before `cli` ends this process, which another may still be listening to
     return 0
 
 
