@@ -79,6 +79,10 @@ def cli(main) -> None:
     code, message = 2, ""
     try:
         code = main() or 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()  # another process may still be listening to this one
         sys.stdout.flush()
     except UserError as error:
         message = str(error)
@@ -423,6 +427,11 @@ def environment(accelerator=None) -> dict:
     return found
 
 
+def versions_text(environment: dict) -> str:
+    """The versions of an `environment` for a reader: "python 3.11.7, torch 2.14.1"."""
+    return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+
+
 # --------------------------------------------------------------------------------------------------- data
 
 
@@ -629,15 +638,19 @@ def load_data(data_dir: str, image_size: int, splits: tuple[str, ...] = ("train"
     return Data(loaded, classes, channels, data_dir)
 
 
+def counts_text(data: Data) -> str:
+    """The numbers of images for a reader: "4,800 train, 1,200 val"."""
+    return ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items())
+
+
 def open_data(accelerator, args, names: list[str]) -> Data:
     """The data that the options name, made first if they are the default's, once no run of `names` is in the way."""
     if not args.sanity_check:  # which writes no run
         on_main_process(accelerator, lambda: check_free(names, args.resume))
     prepare_default_data(accelerator, args.data_dir)
     data = load_data(args.data_dir, args.image_size)
-    counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items())
     without = "" if "test" in data.splits else " (no test/ with class folders)"
-    accelerator.print(f"data: {counts} images{without}, {len(data.classes)} classes")
+    accelerator.print(f"data: {counts_text(data)} images{without}, {len(data.classes)} classes")
     return data
 
 
@@ -914,7 +927,6 @@ def report_sanity_check(accelerator, log_probs: torch.Tensor, labels: torch.Tens
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy {best['accuracy']:.1%}, "
         f"loss {best['loss']:.4f} (needs 100% and less than 0.05)"
     )
-    accelerator.wait_for_everyone()  # before `cli` ends this process, which another may still be listening to
     return 0 if passed else 1
 
 
@@ -1483,11 +1495,16 @@ class Run:
 # -------------------------------------------------------------------------------------- using a trained model
 
 
+def another_model(run: str | Path) -> UserError:
+    """What is wrong where a run folder is of another model than the script's."""
+    return UserError(f"{run}: is of another model than this script's: use the script that trained it")
+
+
 def load_weights(model: nn.Module, run: str | Path, config: dict) -> nn.Module:
     """Load the best weights of a run folder, in eval mode. Raises UserError when they are of another model."""
     run = Path(run)
     if repr(model) != config["model"]["architecture"]:
-        raise UserError(f"{run}: is of another model than this script's: use the script that trained it")
+        raise another_model(run)
     weights, own = load_tensors(run / "model.safetensors")[0], model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
         raise UserError(f"{run / 'model.safetensors'}: does not fit the model of its config.json: copy the run again")

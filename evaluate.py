@@ -77,8 +77,8 @@ Every classifier with its options and figures: [runs.csv](runs.csv).
 Learning rate and schedule are the best by validation for each model and number of epochs. ±: standard deviation \
 over seeds (n - 1). 95% interval: Wilson's, for other images, not for other seeds. Training: in the best epoch, on \
 augmented images (but for a probe without --views) and while the weights still change, so it can be below validation. \
-Seconds: of a run's training and validation with its features' \
-forward passes, so of all heads of a probe together. {which}
+Seconds: of a run's training and validation with its features' forward passes, so of all heads of a probe together. \
+{which}
 
 {results}
 {confusion}
@@ -843,9 +843,10 @@ def probe_section(settings: list[Setting]) -> str:
 
 def layers_text(study: Study) -> str:
     """Which block is best by validation, and whether that is more than chance; nothing where none were compared."""
-    if not study.layered():
+    layered = study.layered()
+    if not layered:
         return ""
-    epochs = max(study.layered())
+    epochs = max(layered)
     blocks = study.blocks(epochs)
     values = {block: s.values("val_accuracy") for block, s in blocks.items()}
     means = {block: fmean(of_block) for block, of_block in values.items()}
@@ -905,15 +906,14 @@ def results_rows(study: Study) -> list[dict]:
 
 def pairs_table(study: Study) -> str:
     """A row for each two of a few models with as many epochs, a common seed and the same images."""
+    ends = study.epoch_counts[0], study.epoch_counts[-1]
+    chosen = [s for s in study.choose(study.compared) if s.epochs in ends]
     rows = []
-    for a, b in itertools.combinations(study.choose(study.compared), 2):
+    for a, b in itertools.combinations(chosen, 2):
         seeds = sorted(a.seeds.keys() & b.seeds.keys())
-        ends = study.epoch_counts[0], study.epoch_counts[-1]
-        if not seeds or a.epochs != b.epochs or a.epochs not in ends or a.first.images != b.first.images:
+        if not seeds or a.epochs != b.epochs or a.first.images != b.first.images:
             continue
-        results = []
-        for seed in seeds:
-            results.append(paired(a.seeds[seed].right, b.seeds[seed].right))
+        results = [paired(a.seeds[seed].right, b.seeds[seed].right) for seed in seeds]
         first = results[0]
         row = {
             "A": a.model,
@@ -970,8 +970,7 @@ def rates_table(study: Study) -> str:
 
 
 def machine_text(environment: dict) -> str:
-    versions = [f"{name} {number}" for name, number in environment["versions"].items()]
-    return f"{environment['device']} with {', '.join(versions)}"
+    return f"{environment['device']} with {common.versions_text(environment)}"
 
 
 def write_report(study: Study, results: list[dict], pictures: dict, out: Path) -> str:

@@ -214,9 +214,9 @@ def measure(row: str, precision: str | None, epochs: list[int], data_dir: str) -
 def report(results: list[dict]) -> tuple[dict, str]:
     """What profile.json and profile.md hold."""
     environment = results[0]["environment"]
-    versions = [f"{name} {version}" for name, version in environment["versions"].items()]
+    threads = f"threads: {environment['threads']}"
     table = {
-        "machine": ", ".join([environment["device"], f"threads: {environment['threads']}", *versions]),
+        "machine": f"{environment['device']}, {threads}, {common.versions_text(environment)}",
         "header": list(results[0]["cells"]),
         "rows": [list(result["cells"].values()) for result in results],
         "notes": NOTES.splitlines(),

@@ -207,7 +207,6 @@ def main() -> int:
     for one, name in zip(runs, names):
         train(one, name, data, accelerator)
         accelerator.free_memory()  # or it keeps each model
-    accelerator.wait_for_everyone()  # before `cli` ends this process, which another may still be listening to
     return 0
 
 

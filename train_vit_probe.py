@@ -511,7 +511,7 @@ def load_classifier(run: str | Path, weights: str | None = None):
 
     config = common.read_json(Path(run) / "config.json")
     if not config["model"]["backbone"]:
-        raise UserError(f"{run}: is of another model than this script's: use the script that trained it")
+        raise common.another_model(run)
     heads, classes, options = config["heads"], config["data"]["classes"], argparse.Namespace(**config["options"])
     best = max(common.read_metrics(Path(run) / "metrics.jsonl"), key=common.merit)["head"]
     chosen = [head["name"] for head in heads].index(best)
@@ -577,7 +577,6 @@ def main() -> int:
     for one, name in zip(runs, names):
         train(one, name, data, backbone, identity, accelerator)
         accelerator.free_memory()
-    accelerator.wait_for_everyone()  # before `cli` ends this process, which another may still be listening to
     return 0
 
 

@@ -320,10 +320,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = make_bench(args, Path(folder))
         environment = common.environment(bench.accelerator)
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        versions = common.versions_text(environment)
         text = f"# Speed\n\nMachine: {environment['device']}, threads: {environment['threads']}, {versions}.\n\n"
-        counts = ", ".join(f"{count:,} {split}" for split, count in bench.data.description["counts"].items())
-        text += f"Images: {counts}. Seconds are medians of {bench.repeats} or more runs in turn.\n"
+        text += (
+            f"Images: {common.counts_text(bench.data)}. Seconds are medians of {bench.repeats} or more runs in turn.\n"
+        )
         for name in args.tables:
             title, _, intro = TABLES[name].__doc__.partition("\n\n")
             print(f"measuring: {title}", flush=True)
