@@ -1,292 +1,274 @@
-"""Make the data folder: data/{train,val,test}/<class>/*.png, as torchvision's ImageFolder reads it.
+"""Make the data folder, data/{train,val,test}/<class>/*, as torchvision's ImageFolder reads it.
 
-    python prepare_data.py                         # six classes: 800 train, 200 val and 1,000 test images each
-    python prepare_data.py --source fashion-mnist-png.zip --classes Shirt Bag --per-class all --out data-bags
-    python prepare_data.py --source download --per-class all --out data-full
+    python prepare_data.py                                   # six classes of clothes, 28x28 px
+    python prepare_data.py --source vehicles.zip --out data-vehicles
+    python prepare_data.py --source CIFAR10 --classes bird cat dog --per-class all --out data-cifar
 
-Reads --source: the word download (the official files, 30 MB, from torchvision's mirror), or a zip or folder with
-  - train/<class>/*.png and test/<class>/*.png of 28x28 px in folders named 0-9 or like the classes, as archive.zip, or
-  - the four official IDX files, gzipped or not, each perhaps in a folder of its own name.
-Writes --out, whole or not at all: 8-bit grey PNGs named by their official number or old name, and manifest.json with
-the options, the counts and a sha256 over the sorted file names, each followed by a zero byte and its 784 pixels.
-Training images of a class are put in the order of sha256(seed, pixels); the first --per-class are taken, the first
---val-fraction of these for validation. Test images stay as they are; what is also in test, or twice in train, is left
-out of train. So equal images and seeds give equal splits, whatever the kind of source.
-"""
+Reads --source: a folder or a zip (perhaps one top folder, perhaps train/, val/ and test/, also named training, valid,
+validation or testing, in any case, then a folder for each class, with images at any depth), or the name of a class of
+torchvision.datasets, which is downloaded to --root. Writes --out as a whole or not at all. Files are copied as they
+are; images that are no files of their own become PNGs named by their index.
 
-import gzip
+Splits of the source are kept. Without test/, a share of each class is taken for it. Of the other images --per-class
+are used, and a share of these is for validation; where the source has val/, both are cut in proportion. Images are
+drawn in the order of a hash of the seed and their pixels, so the same images give the same splits, whatever their
+names and the kind of source. An image of test/ is left out of val/ and train/, one of val/ out of train/, and none is
+in train/ twice."""
+
+import glob
 import hashlib
-import io
-import json
+import inspect
+import math
+import os
 import re
 import shutil
 import socket
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from filelock import FileLock
-from PIL import Image
+import pandas
 from tqdm import tqdm
 
 import common
 from common import UserError, number
 
 ARCHIVE = Path(__file__).with_name("archive.zip")
-# Folder name of each class -> its label in the official files.
-CLASSES = {
-    "T-shirt_top": 0,
-    "Trouser": 1,
-    "Pullover": 2,
-    "Dress": 3,
-    "Coat": 4,
-    "Sandal": 5,
-    "Shirt": 6,
-    "Sneaker": 7,
-    "Bag": 8,
-    "Ankle_boot": 9,
-}
-DEFAULT_CLASSES = tuple(CLASSES)[:6]
-SIDE = 28  # px
-MAX_BYTES = 50_000_000  # the largest official file has 47 MB; more is a bomb
-IDX_FILE = re.compile(r"(train-images|train-labels|t10k-images|t10k-labels)[-.]idx[13]-ubyte(\.gz)?")
-SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
+FORMS = (
+    "give a folder or a zip with a folder of images for each class, or the name of a data set of torchvision"
+)
 
 
-def class_name(text: str) -> str:
-    """The class of a label 0-9 or of a name in any case; any other text as it is."""
-    names = {name.lower(): name for name in CLASSES} | {str(label): name for name, label in CLASSES.items()}
-    return names.get(text.lower(), text)
+@dataclass
+class Item:
+    """An image of the source."""
+
+    split: str
+    label: str
+    name: str
+    file: object  # a path, or a tuple of one of torchvision's data sets and an index
+    key: tuple = ()  # equal for equal pixels; images are drawn in the order of their keys
 
 
-def visible_files(folder):
-    """Yield the files below a Path or zipfile.Path, but not what systems and editors put there unasked."""
-    for path in sorted(folder.iterdir(), key=str):
-        hidden = path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
-        if not hidden:
-            yield from visible_files(path) if path.is_dir() else [path]
-
-
-def load(path, decode, *args):
-    """What `decode` makes of the file `path`. Raises UserError, which names it, for a damaged one."""
+def unpack(archive, folder):
+    """Unpack a zip. Raises UserError where that fails, and for a file of over 200 MB."""
     try:
-        return decode(path, *args)
-    except Exception as error:  # zipfile, gzip, Pillow and NumPy raise a dozen kinds for damage
-        if isinstance(error, MemoryError) or getattr(error, "filename", None):
-            raise  # the machine's fault
-        what = error if type(error) is ValueError else "damaged, or not what its name says"
-        raise UserError(f"{str(path)!r}: {what}: replace it") from None
+        with zipfile.ZipFile(archive) as file:
+            for entry in file.infolist():
+                if entry.file_size > 200_000_000:
+                    raise ValueError(f"{entry.filename!r} unpacks to over 200 MB")
+                file.extract(entry, folder)  # drops ".." and what else leads out of the folder
+    except Exception as error:  # no zip, damaged in one of a dozen ways, encrypted; a full disk
+        raise UserError(f"{archive}: {common.brief(error)}: unpack it, or {FORMS}") from None
 
 
-def read_png(path) -> np.ndarray:
-    """A PNG as uint8 [28, 28]; opaque colours become grey. Raises ValueError for images of another kind."""
-    data = path.read_bytes()
-    Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # the checksums: decoding skips some
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
-    if image.size != (SIDE, SIDE):  # before it is decoded: a small file can stand for gigabytes
-        raise ValueError(f"{image.width}x{image.height} px where {SIDE}x{SIDE} is needed")
-    if data[24] == 16:  # bits a channel; Pillow drops half of them without a word
-        raise ValueError("16 bits a channel where 8 are needed")
-    colours = image.convert("RGBA")
-    if colours.getchannel("A").getextrema()[0] < 255:
-        raise ValueError("see-through pixels")
-    return np.array(colours.convert("L"))
+def read_folder(root, passed_over):
+    """Return the Items of a folder; count in `passed_over` what else is there."""
+    images, others = common.image_files(root)
+    items, unsplit = [], []
+    for file in images:
+        first, *below = file.relative_to(root).parts
+        split = SPLITS.get(first.lower())
+        if split and len(below) > 1:  # else it has no classes, as Kaggle's test/
+            items.append(Item(split, below[0], file.name, file))
+        elif below:
+            unsplit.append(Item("train", first, file.name, file))
+    if not items:
+        folders = {item.label for item in unsplit}
+        if len(folders) == 1:  # a top folder
+            return read_folder(root / folders.pop(), passed_over)
+        if not all(name.lower() in SPLITS for name in folders):
+            items = unsplit
+    passed_over["images outside of the class folders"] = len(images) - len(items)
+    for file in others:
+        passed_over[f"{file.suffix.lower() or file.name} (not read by Pillow)"] += 1
+    return items
 
 
-def read_idx(path, *shape: int) -> np.ndarray:
-    """An IDX file of bytes, gzipped or not, as uint8 of this shape. Raises ValueError where that does not fit."""
-    data = path.read_bytes()
-    if data.startswith(b"\x1f\x8b"):  # not by its name: some browsers unpack a file and keep its .gz
-        data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_BYTES)
-    # The header: the type in three bytes, the number of dimensions in one, each dimension in four.
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+def read_dataset(name, root):
+    """Return the Items of a data set of torchvision, downloaded to `root` where it is not there."""
+    from torchvision import datasets  # here, as it takes a second
 
-
-def idx_images(files: list, classes: list[str]) -> dict:
-    """The images of the four official files, as in `read_source`; none if these are not all there."""
-    found, images = {}, {}
-    for path in files:
-        if match := IDX_FILE.fullmatch(path.name):
-            found.setdefault(match[1], path)
-    if len(found) == 4:
-        for split, prefix in (("train", "train"), ("test", "t10k")):
-            labels = load(found[f"{prefix}-labels"], read_idx, -1)
-            pixels = load(found[f"{prefix}-images"], read_idx, len(labels), SIDE, SIDE)
-            for label in classes:
-                for i in np.flatnonzero(labels == CLASSES[label]):
-                    images[f"{split}/{label}/{i:05d}.png"] = pixels[i]
-    return images
-
-
-def png_images(files: list, classes: list[str]) -> dict:
-    """The images in train/<class>/ and test/<class>/, as in `read_source`. Names several bad ones in one go."""
-    images, bad = {}, []
-    for path in tqdm(files, desc="reading", leave=False, disable=None):
-        split = path.parent.parent.name
-        label = class_name(path.parent.name)
-        if split not in ("train", "test") or label not in classes or path.suffix.lower() != ".png":
-            continue
-        # Plain names in lower case are valid, and differ, on every file system.
-        stem = re.sub(r"[^a-z0-9_-]", "_", path.stem.lower())[:100]
-        name = f"{split}/{label}/{stem}.png"
+    if name not in datasets.__all__:
+        raise UserError(f"{name}: no such file, folder or data set of torchvision: {FORMS}")
+    dataset_class = getattr(datasets, name)
+    parameters = inspect.signature(dataset_class).parameters
+    choices = {"train": {}}  # the default of them all
+    if "train" in parameters:
+        choices["test"] = {"train": False}
+    elif "split" in parameters:
+        choices |= {split: {"split": split} for split in ("val", "test")}
+    socket.setdefaulttimeout(10)  # seconds; without a network torchvision would wait for minutes
+    items = []
+    for split, choice in choices.items():
         try:
-            if name in images:
-                raise UserError(f"{str(path)!r}: there is another image of this name in its class: rename it")
-            images[name] = load(path, read_png)
-        except UserError as error:
-            bad.append(str(error))
-    if bad:
-        raise UserError(f"{len(bad)} bad image(s): {'; '.join(bad[:5])}")
-    return images
+            dataset = dataset_class(root=root, download=True, **choice)
+            # Those that keep their images as files have a list of (path, label), or two lists.
+            images = getattr(dataset, "samples", None)
+            if files := getattr(dataset, "_images", None) or getattr(dataset, "_image_files", None):
+                images = list(zip(files, dataset._labels))
+            for i in range(len(dataset)):
+                file, label = images[i] if images else ((dataset, i), dataset[i][1])
+                file_name = Path(file).name if images else f"{i:05d}.png"
+                label = dataset.classes[label] if hasattr(dataset, "classes") else str(int(label))
+                label = re.sub(r"[^\w-]+", "_", label).strip("_")  # a folder's name on any system
+                items.append(Item(split, label, file_name, file))
+        except Exception as error:  # of the network, of the disk, of a dozen file formats
+            if "argument split" in str(error):
+                continue  # it has no such split
+            reason = f"{name}: {common.brief(error)}"
+            raise UserError(f"{reason}: try later, or put its files into {root}") from None
+    return items
 
 
-def read_source(source: str, classes: list[str]) -> dict:
-    """The images of `classes`, {"train/Bag/00035.png": uint8 [28, 28]}. Raises UserError for damaged files."""
-    if source == "download":
-        from torchvision.datasets import FashionMNIST  # here, as it takes a second
-
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and would wait for minutes without a network
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                FashionMNIST(folder, download=True)  # checks the MD5 sums
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"download failed ({error!r}): try later, or give another --source") from None
-            return read_source(folder, classes)
-    root = Path(source)
-    if not root.exists():
-        raise UserError(f"{source}: no such file or folder: give --source a zip, a folder, or the word download")
-    if not root.is_dir():
-        archive = load(source, zipfile.ZipFile)
-        for entry in archive.infolist():
-            # Other methods unpack a bomb as a whole; at a leading slash zipfile.Path hangs in some versions of Python.
-            usual = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and entry.filename[:1] != "/"
-            if entry.flag_bits & 1 or entry.file_size > MAX_BYTES or not usual:
-                raise UserError(f"{source}: {entry.filename!r} is encrypted, too large or of a rare kind: unpack it")
-        root = zipfile.Path(archive)
-    files = list(visible_files(root))
-    return idx_images(files, classes) or png_images(files, classes)
+def open_image(file):
+    """Return what `common.decode` takes: a path or, of a data set without files, a PIL image."""
+    return file[0][file[1]][0] if isinstance(file, tuple) else file
 
 
-def split_images(images: dict, classes: list[str], per_class: int | str, val_fraction: float, seed: int) -> dict:
-    """The images to write, {"val/Bag/00035.png": uint8 [28, 28]}. Raises UserError where a class has too few."""
-    result = {name: pixels for name, pixels in images.items() if name.startswith("test/")}
-    seen = {pixels.tobytes() for pixels in result.values()}
-    for label in classes:
-        order = {}
-        for name in sorted(name for name in images if name.startswith(f"train/{label}/")):
-            pixels = images[name].tobytes()
-            if pixels not in seen:
-                seen.add(pixels)
-                order[hashlib.sha256(b"%d " % seed + pixels).digest()] = name
-        count = len(order) if per_class == "all" else per_class
-        n_val = round(count * val_fraction)
-        if count > len(order) or n_val in (0, count):
-            asked = f"{count - n_val} + {n_val} of {len(order)} different train images of {label}"
-            raise UserError(f"{asked}: change --per-class, --val-fraction or --source")
-        for i, key in enumerate(sorted(order)[:count]):
-            split = "val" if i < n_val else "train"
-            result[order[key].replace("train", split, 1)] = images[order[key]]
-    return result
+def set_keys(items, seed):
+    """Decode all images for their keys; return an error message for each that cannot be used."""
+
+    def read(item):
+        try:
+            image = common.decode(open_image(item.file))
+        except ValueError as error:
+            return f"{item.file}: {error}"
+        digest = hashlib.sha256(b"%d " % seed + image.tobytes()).digest()
+        item.key = (digest, image.mode, image.size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread holds one image
+        results = tqdm(pool.map(read, items), "reading", len(items), leave=False, disable=None)
+        return list(filter(None, results))
 
 
-def count_images(names) -> dict[str, dict[str, int]]:
-    """{split: {class: number of images}} of the files split/class/name."""
-    counts = defaultdict(Counter, train=Counter(), val=Counter(), test=Counter())
-    for name in names:
-        split, label = [*name.split("/"), ""][:2]
-        counts[split][label] += 1
-    return counts
+def draw(items, labels, args, passed_over):
+    """Return the files to write, {"train/Bag/00035.png": item}, and the table, a row a class.
 
-
-def read_manifest(out: Path) -> dict | None:
-    """The manifest of the folder `out`; None if there is nothing in it. Raises UserError if it may hold other files."""
-    if not out.exists() or not any(visible_files(out)):  # `any` looks at one file: this may be a whole disk
-        return None
-    file = out / "manifest.json"
-    manifest = common.read_json(file) if file.is_file() else {}
-    names = (path.relative_to(out).as_posix() for path in visible_files(out) if path != file)
-    if manifest.get("made_by") != "prepare_data.py" or manifest["counts"] != count_images(names):
-        raise UserError(f"{out}: not as prepare_data.py made it: move it away, or choose another --out")
-    return manifest
-
-
-def clean_up(out: Path, work: Path) -> None:
-    """Remove what `write` has in `work`, done or killed, but for what was in `out` and is not there any more."""
-    old = work / "old"
-    if old.exists() and not out.exists():
-        old.rename(out)
-    for path in old.glob(".*"):  # such as .git: the user's
-        path.rename(out / path.name)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def write(out: Path, images: dict, manifest: dict) -> None:
-    """Make or replace the folder `out` as a whole."""
-    work = out.with_name(f".{out.name}.tmp")
-    new = work / "new"
-    clean_up(out, work)
-    try:
-        for name in images:
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[name]).save(new / name)
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        if out.exists():
-            out.rename(work / "old")
-        new.rename(out)
-    except OSError as error:
-        error.filename = error.filename or str(out)  # a full disk names no file
-        raise
-    finally:
-        clean_up(out, work)
-
-
-def prepare(
-    source: str | Path = ARCHIVE,
-    classes: tuple[str, ...] = DEFAULT_CLASSES,
-    per_class: int | str = 1000,
-    val_fraction: float = 0.2,
-    seed: int = 0,
-    out: str | Path = common.DATA_DIR,
-    force: bool = False,
-) -> dict:
-    """Make the folder `out`, unless it holds the same images, and return its manifest. Several may do this at once."""
-    out = Path(out).resolve()
-    classes = sorted(set(classes), key=CLASSES.get)
-    images = split_images(read_source(str(source), classes), classes, per_class, val_fraction, seed)
-    # Not over the bytes of the PNGs, which depend on the versions of Pillow and zlib.
-    content = b"".join(name.encode() + b"\0" + images[name].tobytes() for name in sorted(images))
-    manifest = {"made_by": "prepare_data.py", "source": Path(source).name, "classes": classes}
-    manifest |= {"per_class": per_class, "val_fraction": val_fraction, "seed": seed}
-    manifest |= {"counts": count_images(images), "sha256": hashlib.sha256(content).hexdigest()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f".{out.name}.lock")):
-        old = read_manifest(out)
-        if old and old["sha256"] == manifest["sha256"]:
-            print(f"{out}: holds these images already, nothing to do")
-        elif old and not force:
-            raise UserError(f"{out}: made from another source or with other options: use --force or another --out")
+    Raises UserError for a class with too few images."""
+    groups = defaultdict(list)
+    seen = {}
+    precedence = ["test", "val", "train"]
+    for item in sorted(items, key=lambda item: (precedence.index(item.split), item.key)):
+        first = seen.setdefault(item.key, item)
+        # Test images stay as they are, also where the source has one of them twice.
+        if first is item or first.split == item.split != "train":
+            groups[item.split, item.label].append(item)
         else:
-            write(out, images, manifest)
-    return manifest
+            passed_over["duplicates"] += 1
+    splits = {item.split for item in items}
+    files = {}
+    rows = []
+    for label in labels:
+        test, val, train = (groups[split, label] for split in precedence)
+        if "test" not in splits:
+            count = round(len(train) * args.test_fraction)
+            test, train = train[:count], train[count:]
+        total = len(train) + len(val)
+        limit = min(args.per_class, total)
+        passed_over["over --per-class"] += total - limit
+        count = round(limit * (len(val) / total if val else args.val_fraction))
+        if "val" not in splits:
+            val, train = train[:count], train[count:]
+        drawn = {"train": train[: limit - count], "val": val[:count]}
+        if "test" in splits or args.test_fraction > 0:
+            drawn["test"] = test
+        rows.append({"class": label} | {split: len(group) for split, group in drawn.items()})
+        if not all(drawn.values()):
+            remedy = "change --per-class or the fractions, or leave the class out by --classes"
+            raise UserError(f"too few images, as each split needs one: {rows[-1]}: {remedy}")
+        for split, group in drawn.items():
+            for item in group:
+                name = item.name
+                while f"{split}/{label}/{name}" in files:  # from another sub-folder of the class
+                    name = f"_{name}"
+                files[f"{split}/{label}/{name}"] = item
+    return files, rows
 
 
-def main() -> None:
-    parser = common.Parser(description=__doc__)
+def write(out, files, seed):
+    """Make the folder `out` as a whole. Raises UserError if there is one that holds others."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.tmp-"
+    try:
+        if out.exists():
+            out.rmdir()  # an empty one
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as temporary:
+            new = Path(temporary, "new")
+            for name, item in files.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(item.file, tuple):
+                    open_image(item.file).save(new / name)
+                else:
+                    shutil.copyfile(item.file, new / name)
+            new.rename(out)
+    except OSError:
+        if not out.is_dir():
+            raise
+        # It was there, or another process has just made it and removed our files as below.
+        old = [Item("", "", "", file) for file in common.image_files(out)[0]]
+        set_keys(old, seed)
+        keys = {item.file.relative_to(out).as_posix(): item.key for item in old}
+        if keys != {name: item.key for name, item in files.items()}:
+            raise UserError(f"{out}: holds others: move it away or choose another --out") from None
+        print(f"{out}: holds these images already")
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def prepare(args, temporary):
+    """Read the source, draw the images, write them and print a table."""
+    source = Path(args.source)
+    passed_over = Counter()
+    if source.is_dir():
+        items = read_folder(source, passed_over)
+    elif source.exists():
+        unpack(source, temporary)
+        items = read_folder(temporary, passed_over)
+    else:
+        items = read_dataset(args.source, args.root)
+    classes = {item.label for item in items}
+    if len(classes) < 2:
+        raise UserError(f"{source}: no images of several classes: {FORMS}")
+    labels = sorted(set(args.classes or classes))
+    if unknown := [label for label in labels if label not in classes]:
+        raise UserError(f"{source}: has no classes {unknown}, but {sorted(classes)}: use --classes")
+    items = [item for item in items if item.label in labels]
+    errors = set_keys(items, args.seed)
+    passed_over["damaged or refused"] = len(errors)
+    if errors and not args.skip_bad:
+        text = "; ".join(errors[:5]).replace(str(temporary), str(source))
+        raise UserError(f"{text}: {len(errors)} in all: replace them or use --skip-bad")
+    files, rows = draw([item for item in items if item.key], labels, args, passed_over)
+    write(Path(args.out).resolve(), files, args.seed)
+    print(pandas.DataFrame(rows).to_string(index=False))
+    if reasons := [f"{count:,} {reason}" for reason, count in passed_over.items() if count]:
+        print(f"passed over: {', '.join(reasons)}")
+
+
+def main():
+    parser = common.Parser(__doc__)
     add = parser.add_argument
-    count = number(int, 1)
-    add("--source", default=ARCHIVE, help="zip or folder of PNGs or of IDX files, as above, or the word download")
-    add("--classes", type=class_name, choices=CLASSES, nargs="+", default=DEFAULT_CLASSES, help="or labels 0-9")
-    add("--per-class", type=lambda text: text if text == "all" else count(text), default=1000, help="images, or all")
-    add("--val-fraction", type=number(float, 0, 1), default=0.2, help="share of these that is for validation")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="which images are drawn, and which for validation")
-    add("--out", default=common.DATA_DIR, help="folder to make")
-    add("--force", action="store_true", help="replace a folder that was made with other options")
-    manifest = prepare(**vars(parser.parse_args()))
-    counts = manifest["counts"]
-    rows = [[label, *(counts[split][label] for split in counts)] for label in manifest["classes"]]
-    print(common.markdown_table(["class", *counts], rows), end="")
+    share, count = number(float, 0, 1), number(int, 1)
+    add("--source", default=str(ARCHIVE), help="default: archive.zip")
+    add("--root", default="downloads", help="folder of torchvision's data sets (default: downloads)")
+    add("--classes", nargs="+", help="named as in the table (default: all of them)")
+    add(
+        "--per-class", type=lambda n: math.inf if n == "all" else count(n), default=1000, help="number or all"
+    )
+    add("--val-fraction", type=share, default=0.2, help="for val, without val/ (default: 0.2)")
+    add("--test-fraction", type=share, default=0.2, help="for test, without test/ (default: 0.2)")
+    add("--seed", type=number(int, 0), default=0, help="which images are drawn (default: 0)")
+    add("--skip-bad", action="store_true", help="leave out damaged, 16-bit and float images")
+    add("--out", default=common.DATA_DIR, help="folder to make (default: data)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(args, Path(temporary))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
     python train_cnn.py --epochs 10
     python train_cnn.py --epochs 10 --lr 1e-3 5e-3 --seed 0 1 2     (a sweep: six runs, one after another)
+    python train_cnn.py --data-dir my-data --widths 32 64           (own images, another network)
     python train_cnn.py --name my-cnn                               (after a change of the network below)
     accelerate launch train_cnn.py --epochs 10                      (GPUs; see README)
 
-Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and writes
-runs/<name>/: config.json, metrics.jsonl, model.safetensors (the best weights by validation), predictions.safetensors,
-checkpoint.pt (for --resume) and TensorBoard's events (`tensorboard --logdir runs`).
-"""
+Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing). Writes
+runs/<model>/<setting>/, such as runs/CNN/e10-lr0.005-cosine-s0/: config.json, metrics.jsonl, model.safetensors (the
+best weights by validation), predictions.safetensors, checkpoint.pt (for --resume), TensorBoard's events (`--logdir
+runs`)."""
 
 import argparse
-import dataclasses
+import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,17 @@ import common
 
 
 class CNN(nn.Module):
-    """Three blocks of convolution, max-pooling, batch normalisation and ReLU, then one linear layer.
+    """Blocks of convolution, max-pooling, batch normalisation and ReLU, one for each of `widths`, then a linear layer.
 
-    Input float32 [B, channels, S, S], output logits [B, classes]. In eval mode the logits are the mean over the
-    image and, if `mirror`, its mirror image.
-    """
+    Input float32 [B, channels, S, S] with values 0 to 1, output logits [B, classes]. `mean` and `std` [channels] are
+    those of the training images: the network normalises its input itself, so its weights are usable alone."""
 
-    def __init__(self, channels, classes, image_size, widths=(32, 64, 128), mirror=True):
+    def __init__(self, classes, mean, std, widths=(32, 64, 128)):
         super().__init__()
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
         layers = []
-        inputs = channels
+        inputs = len(mean)
         for width in widths:
             layers += [
                 nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
@@ -43,26 +44,30 @@ class CNN(nn.Module):
             ]
             inputs = width
         self.features = nn.Sequential(*layers)
+        # Whatever the image's size and the layers above, the classifier gets 3 x 3 values of each channel.
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * inputs, classes))
 
-        # The classifier's size follows from the layers above, whatever they are.
-        image = torch.zeros(1, channels, image_size, image_size)
-        with torch.no_grad():
-            size = self.features.eval()(image).numel()
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(size, classes))
-        self.mirror = mirror
-        self.train()
-
-    def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        logits = self.classifier(self.features(x))
-        if self.mirror and not self.training:  # test-time augmentation, for validation and test
-            mirrored = self.classifier(self.features(x.flip(3)))
-            logits = (logits + mirrored) / 2
-        return logits
+    def forward(self, images):
+        x = (images - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+        return self.classifier(self.features(x))
 
 
-def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW; batch normalisation and biases are not decayed. The learning rate is set at every step."""
+def make_model(args, data):
+    """Return the CNN for the data, with initial weights drawn from the seed."""
+    pixels = data.pixels["train"]
+    # Of each channel the number of pixels with each value: exact, and no float copy of all images.
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ values
+    std = (shares @ values**2 - mean**2).clamp(min=1e-6).sqrt()
+    torch.manual_seed(common.key_seed(args.seed, "init"))
+    return CNN(len(data.classes), mean.float(), std.float(), args.widths)
+
+
+def make_optimizer(model, args):
+    """Return AdamW; batch normalisation and biases are not decayed. The learning rate is set at every step."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
@@ -72,63 +77,24 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def build(args, data: common.Data, accelerator) -> SimpleNamespace:
-    """What a run trains with: model, optimizer, criterion, learning_rate(step), batches, images by split, and config.
-
-    `args`: the options, with one learning rate, schedule and seed.
-    """
-    device = accelerator.device
-    mean, std = common.mean_and_std(data.splits["train"].images)
-    images = {}
-    for name, split in data.splits.items():
-        images[name] = common.Images(split.images.to(device), vars(args), mean, std)
-    torch.manual_seed(common.key_seed(args.seed, "init"))
-    model = CNN(data.channels, len(data.classes), args.image_size, mirror=not args.no_flip)
-    model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
-    optimizer = make_optimizer(model, args)
-    example = torch.zeros(1, data.channels, args.image_size, args.image_size, device=device)
-    config = common.make_config(args, accelerator, data, model, optimizer, example, "CNN")
-    config["model"] |= {"mean": mean, "std": std}
-
-    model, optimizer = accelerator.prepare(model, optimizer)
-    labels = data.splits["train"].labels.to(device)
-    batches = common.Batches(accelerator, images["train"].augmented, labels, args.batch_size, args.seed)
-    schedule = common.SCHEDULES[args.schedule]
-    total = args.epochs * len(batches)
-    return SimpleNamespace(
-        model=model,
-        optimizer=optimizer,
-        criterion=nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
-        learning_rate=lambda step: args.lr * schedule(step, total),
-        batches=batches,
-        images=images,
-        config=config,
-    )
-
-
-def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tuple]:
-    """One pass over the training images, with what `build` has built; epochs count from 0.
+def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
+    """Train on each of the `batches` (images, labels) once, with the learning rate that `rates` has for it.
 
     Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
-    each step wait.
-    """
-    model, optimizer, batches = training.model, training.optimizer, training.batches
+    each step wait."""
     model.train()
     steps = []
-    # A DataLoader gives the order of the images; `Images.augmented` in common.py crops, flips and normalises them on
-    # the device. Both are functions of the seed and the epoch.
-    for i, (images, labels) in enumerate(batches.epoch(epoch)):
-        rate = training.learning_rate(epoch * len(batches) + i)
+    for rate, (images, labels) in zip(rates, batches):
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         logits = model(images)
-        loss = training.criterion(logits, labels)
-        optimizer.zero_grad()
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
         accelerator.backward(loss)
         optimizer.step()
 
-        # For the log: the plain loss, without label smoothing, as of validation.
+        # For the log: the plain loss, without label smoothing, so that training and validation compare.
         logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
@@ -136,77 +102,99 @@ def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tupl
     return steps
 
 
-def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int) -> torch.Tensor:
-    """Log-probabilities float32 [N, classes] of the images of a split, in eval mode and without gradients."""
-    images = training.images[split]
-    logits = common.predict(accelerator, training.model, images.plain, len(images), batch_size)
-    return logits.log_softmax(1)
+def prepare(args, data, accelerator):
+    """Return what a run trains with: model, optimizer, batches, and the images of each split, on the device."""
+    device = accelerator.device
+    model = make_model(args, data)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, args)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    images = {}
+    for split, pixels in data.pixels.items():
+        images[split] = common.Images(pixels.to(device), vars(args), data.image_size)
+    labels = data.labels["train"].to(device)
+    batches = common.Batches(accelerator, images["train"].augmented, labels, args.batch_size, args.seed)
+    return model, optimizer, batches, images
 
 
-def train(args, name: str, data: common.Data, accelerator) -> None:
-    """Train one run into the folder runs/`name`."""
-    training = build(args, data, accelerator)
-    with common.Run(accelerator, name, training.config, data, args.resume) as run:
-        run.restore(model=training.model, optimizer=training.optimizer)
-        run.show_images(training.images["train"])
-        for epoch in run.epochs(args.epochs):
-            steps = train_epoch(accelerator, training, epoch)
-            log_probs = predict(accelerator, training, "val", args.batch_size)  # in eval mode
+def train(args, config, data, accelerator):
+    """Train one run into its folder."""
+    model, optimizer, batches, images = prepare(args, data, accelerator)
+
+    def predict(split):
+        return common.predict(accelerator, model, images[split].plain, len(data.labels[split]))
+
+    with common.Run(accelerator, config, data, model, optimizer) as run:
+        for epoch in run.remaining_epochs():
+            rates = common.learning_rates(args, len(batches), epoch)
+            # A DataLoader gives the order of the images; crops and flips happen on the device. Both are
+            # functions of the seed and the epoch.
+            steps = train_epoch(
+                accelerator,
+                model,
+                optimizer,
+                batches.epoch(epoch),
+                rates,
+                args.label_smoothing,
+            )
             # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
-            run.end_epoch(steps, log_probs)
-        run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
+            run.end_epoch(steps, predict("val"))
+        # Only now, and only once, the test images: by the weights of the best epoch.
+        run.finish(predict)
 
 
-def sanity_check(args, data: common.Data, accelerator) -> int:
-    """Learn four batches by heart, without augmentation; the exit code: 0 if that works, else 1."""
-    sample, _ = data.splits["train"].sample(4 * args.batch_size, args.seed)
-    data = dataclasses.replace(data, splits={"train": sample})
-    plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True, "label_smoothing": 0.0}
+def sanity_check(args, data, accelerator):
+    """Learn four batches by heart, without augmentation; returns the exit code, 0 if that works, else 1."""
+    plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
     args = argparse.Namespace(**vars(args) | plain)
-    training = build(args, data, accelerator)
-    for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
-        train_epoch(accelerator, training, epoch)
-    log_probs = predict(accelerator, training, "train", args.batch_size)
-    return common.report_sanity_check(accelerator, log_probs, sample.labels)
+    model, optimizer, batches, _ = prepare(args, data, accelerator)
+    few = list(itertools.islice(batches.epoch(0), 4))  # always the same
+    for epoch in tqdm(range(args.epochs), "sanity check", leave=False, disable=None):
+        rates = common.learning_rates(args, len(few), epoch)
+        train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
+    return common.report_sanity_check(accelerator, model, few)
 
 
-def load_classifier(run: str | Path):
-    """The trained CNN of a run folder, to use it: `classify = load_classifier("runs/my-cnn")`.
+def load_classifier(run):
+    """Return the trained CNN of a run folder as a function: `classify = load_classifier("runs/CNN/...")`.
 
-    `classify(["shirt.png", ...])` gives for each image file a dict from class name to probability, the most
-    probable first. Raises UserError for a folder of another model and for files that are no images.
-    """
+    `classify(images)` takes file names, a folder, PIL images or NumPy arrays, and gives for each image a dict from
+    class name to probability, the most probable first. Raises UserError for a folder of another network, and for files
+    that are no images."""
     config = common.read_json(Path(run) / "config.json")
-    options = config["options"]
-    classes, channels = config["data"]["classes"], config["data"]["channels"]
-    model = CNN(channels, len(classes), options["image_size"], mirror=not options["no_flip"])
-    common.load_weights(model, run, config)
-
-    @torch.no_grad()
-    def classify(files: list[str | Path]) -> list[dict[str, float]]:
-        pixels = common.read_files(files, config)
-        images = common.Images(pixels, options, config["model"]["mean"], config["model"]["std"])
-        return common.name_classes(model(images.plain(torch.arange(len(pixels)))), classes)
-
-    return classify
+    channels, classes = config["data"]["channels"], config["data"]["classes"]
+    model = CNN(
+        len(classes), torch.zeros(channels), torch.ones(channels), config["options"].get("widths", ())
+    )
+    return common.make_classifier(run, config, model, predict_batch=model)
 
 
-def make_parser() -> common.Parser:
-    return common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=28, weight_decay=0.05)
+def make_parser():
+    parser = common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=None)
+    width = common.number(int, 1)
+    parser.add_argument(
+        "--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each convolution"
+    )
+    return parser
 
 
-def main() -> int:
+def main():
     parser = make_parser()
     args = parser.parse_args()
-    runs = list(common.each_run(args, "lr", "schedule", "seed"))  # the options of each combination
-    names = [common.run_name(one, args, parser, "cnn") for one in runs]
-    accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
-    data = common.open_data(accelerator, args, names)
+    runs = common.each_run(args, "lr", "schedule", "seed")  # the options of each combination
+    accelerator = common.make_accelerator(args.mixed_precision)
+    data = common.open_data(accelerator, args)
     if args.sanity_check:
         return sanity_check(runs[0], data, accelerator)
-    for one, name in zip(runs, names):
-        train(one, name, data, accelerator)
+    model = make_model(runs[0], data)
+    optimizer = make_optimizer(model, runs[0])
+    name = common.model_name(args, parser, "CNN")
+    configs = [common.make_config(one, accelerator, data, name, __file__, model, optimizer) for one in runs]
+    common.check_runs(accelerator, configs, args.resume)
+    for one, config in zip(runs, configs):
+        train(one, config, data, accelerator)
         accelerator.free_memory()  # or it keeps each model
+    accelerator.wait_for_everyone()  # another process may still be listening to this one
     return 0
 
 

@@ -1,27 +1,24 @@
 """Train a linear probe: one linear layer on the features of a frozen, pretrained ViT-Tiny.
 
     python train_vit_probe.py --epochs 10
-    python train_vit_probe.py --features class                             (the plain linear probe)
-    python train_vit_probe.py --lr 1e-3 3e-3 1e-2 --features class last    (six probes on one pass of the backbone)
-    accelerate launch train_vit_probe.py --epochs 10                       (GPUs; see README)
+    python train_vit_probe.py --features class grid6 --lr 1e-3 5e-3     (a sweep: four runs, one after another)
+    python train_vit_probe.py --data-dir my-data                        (own images)
+    accelerate launch train_vit_probe.py --epochs 10                    (GPUs; see README)
 
 Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and the weights:
---weights FILE, else the file that the environment variable VIT_TINY_WEIGHTS names, else timm's on the Hugging Face
-hub. Without any of them it reads the features of the default images from vit_features.safetensors. Writes features/
-(a cache) and runs/<name>/: config.json, metrics.jsonl, model.safetensors (the heads, best by validation),
-predictions.safetensors, checkpoint.pt (for --resume) and TensorBoard's events (`tensorboard --logdir runs`).
-"""
+--weights FILE, else the file that VIT_TINY_WEIGHTS names, else timm's on the Hugging Face hub; without any of them the
+features of the default images in vit_features.safetensors. Writes features/ (a cache) and runs/<model>/<setting>/,
+such as runs/ViT-Tiny-class/e10-lr0.005-cosine-s0/, with the files that train_cnn.py names."""
 
 import argparse
 import contextlib
-import dataclasses
-import hashlib
+import itertools
 import json
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,284 +30,167 @@ from common import UserError
 
 BACKBONE = "vit_tiny_patch16_224"
 WIDTH, BLOCKS = 192, 12  # values of a token, transformer blocks
-MEAN = STD = 0.5  # of each channel: what the weights were trained with, as are 224 px and bicubic
-# What --features takes, and the parts it is made of: the class token after the last block, the mean of that block's
-# patch tokens (both together as in DINOv2's linear evaluation), or their means over a 3x3 grid after block N.
-FEATURES = {
-    "class": ["class"],
-    "last": ["class", "mean"],
-    **{f"grid{block}": ["class", f"grid{block}"] for block in range(BLOCKS)},
-}
-# The block with the best mean validation accuracy of five seeds; blocks 1 to 7 are alike within the noise.
-DEFAULT_FEATURES = "grid6"
+# The class token after the last block; with the mean of that block's patch tokens, as in DINOv2's linear
+# evaluation; or with the patch tokens after another block, averaged over a 3 x 3 grid.
+FEATURES = ["class", "last", *(f"grid{block}" for block in range(BLOCKS))]
 RECORDED = common.HERE / "vit_features.safetensors"
 CACHE = Path("features")
+PART = 2048  # images in a file of the cache: what an interruption can cost
 
 
-def values(part: str) -> int:
-    """The number of values of a part of the features."""
-    return 9 * WIDTH if part.startswith("grid") else WIDTH
+class LinearProbe(nn.Module):
+    """One linear layer on standardised features.
 
+    Input features [B, values], output logits float32 [B, classes]. `mean` and `std` [values] are those of the training
+    images' features, so the whole is one affine map of the features."""
 
-def count_values(parts: list[str]) -> int:
-    """The number of values of several parts together."""
-    return sum(values(part) for part in parts)
-
-
-def split_parts(features: torch.Tensor, parts: list[str]) -> dict[str, torch.Tensor]:
-    """Features [N, values of `parts`] -> part -> its columns [N, values of the part]."""
-    return dict(zip(parts, features.split([values(part) for part in parts], dim=1)))
-
-
-def all_parts(choices: list[str]) -> list[str]:
-    """The parts that some of the `choices` of FEATURES are made of, each once."""
-    return list(dict.fromkeys(part for choice in choices for part in FEATURES[choice]))
-
-
-# ----------------------------------------------------------------------------------- the network and its training
-
-
-class Heads(nn.Module):
-    """Linear layers side by side, one for each of `choices`, on standardised features.
-
-    Input [B, sum of the parts' values] of `parts`, output float32 logits [B, heads, classes]. `mean` and `std` are
-    those of the training images, so each head is one affine map of the features.
-    """
-
-    def __init__(self, choices: list[str], parts: list[str], classes: int):
+    def __init__(self, classes, mean, std):
         super().__init__()
-        self.choices, self.parts = choices, parts
-        self.heads = nn.ModuleList()
-        for choice in choices:
-            head = nn.Linear(count_values(FEATURES[choice]), classes)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            self.heads.append(head)
-        self.register_buffer("mean", torch.zeros(count_values(parts)))
-        self.register_buffer("std", torch.ones(count_values(parts)))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.linear = nn.Linear(len(mean), classes)
+        nn.init.zeros_(self.linear.weight)  # all classes equally probable
+        nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # the heads cost nothing: they stay in float32
-            x = (x.float() - self.mean) / self.std
-            parts = split_parts(x, self.parts)
-            inputs = {}
-            for choice in set(self.choices):
-                joined = torch.cat([parts[part] for part in FEATURES[choice]], 1)
-                # A step moves the logits by about rate * length: so scaled, one rate suits short and long features.
-                inputs[choice] = joined / (joined.shape[1] / WIDTH) ** 0.5
-            logits = [head(inputs[choice]) for choice, head in zip(self.choices, self.heads)]
-            return torch.stack(logits, 1)
+    def forward(self, features):
+        # It costs nothing, so it stays in float32 whatever the precision.
+        with torch.autocast(features.device.type, enabled=False):
+            x = (features.float() - self.mean) / self.std
+            # A step moves the logits by about rate * length: so scaled, one rate suits short and long features.
+            return self.linear(x * (WIDTH / x.shape[1]) ** 0.5)
 
 
-class HeadsLoss(nn.Module):
-    """Sum over the heads of the mean cross-entropy: they share no parameter, so each is trained by its own loss."""
-
-    def __init__(self, label_smoothing: float = 0.0):
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def each(self, logits, labels):
-        """The mean loss of each head [heads], of logits [B, heads, classes] and labels [B]."""
-        heads = logits.shape[1]
-        # With the classes last it is rounded alike for one head and for many.
-        flat, labels = logits.flatten(0, 1), labels.repeat_interleave(heads)
-        loss = F.cross_entropy(flat, labels, label_smoothing=self.label_smoothing, reduction="none")
-        return loss.view(-1, heads).mean(0)
-
-    def forward(self, logits, labels):
-        return self.each(logits, labels).sum()
+def make_optimizer(model, args):
+    """Return AdamW. The learning rate is set at every step."""
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def list_heads(args, kind: str) -> list[dict]:
-    """A classifier for each of the features, schedules and rates, as config.json lists them."""
-    heads = []
-    for head in common.each_run(args, "features", "schedule", "lr"):
-        model = args.name or "ViT-Tiny"
-        if not args.name or len(set(args.features)) > 1:
-            model += f" {head.features}"
-        if kind != "pretrained" and not args.name:
-            model += f" ({kind})"
-        heads.append(
-            {
-                "name": f"{head.features}-lr{common.short(head.lr)}-{head.schedule}",
-                "model": model,
-                "features": head.features,
-                "lr": head.lr,
-                "schedule": head.schedule,
-            }
-        )
-    return heads
+def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
+    """Train on each of the `batches` (features, labels) once, with the learning rate that `rates` has for it.
 
-
-def build(args, data: common.Data, features: dict, identity: dict, accelerator) -> SimpleNamespace:
-    """Heads, optimiser, loss, batches and the rest that a run trains with, and its `config` for config.json.
-
-    `features` of the splits: "train" a list of views, "val" and "test" tensors [N, values of all parts]; `identity`
-    says of which backbone. `args`: the options, with one seed.
-    """
-    device = accelerator.device
-    heads = list_heads(args, identity["weights"])
-    views = [view.to(device) for view in features["train"]]
-    torch.manual_seed(common.key_seed(args.seed, "init"))
-    model = Heads([head["features"] for head in heads], all_parts(args.features), len(data.classes))
-    model.std, model.mean = torch.std_mean(features["train"][0].float(), 0)
-    model.std.clamp_(min=1e-6)
-    model.to(device)
-    groups = [{"params": layer.parameters(), "lr": head["lr"]} for layer, head in zip(model.heads, heads)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    config = describe(args, data, accelerator, model, optimizer, views[0][:1], heads, identity)
-
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    def inputs(index, epoch):
-        return views[epoch % len(views)][index]
-
-    labels = data.splits["train"].labels.to(device)
-    batches = common.Batches(accelerator, inputs, labels, args.batch_size, args.seed)
-    total = args.epochs * len(batches)
-
-    def learning_rates(step):
-        return [head["lr"] * common.SCHEDULES[head["schedule"]](step, total) for head in heads]
-
-    return SimpleNamespace(
-        model=model,
-        optimizer=optimizer,
-        criterion=HeadsLoss(args.label_smoothing),
-        learning_rates=learning_rates,
-        batches=batches,
-        features={name: features[name].to(device) for name in features if name != "train"} | {"train": views[0]},
-        config=config,
-    )
-
-
-def describe(args, data: common.Data, accelerator, model, optimizer, example, heads: list, identity: dict) -> dict:
-    """What config.json says of a run; the counts of parameters are those of a head and the backbone."""
-    for head, layer in zip(heads, model.heads):
-        head["architecture"] = repr(layer)
-        head["trainable"] = sum(p.numel() for p in layer.parameters())
-        head["parameters"] = head["trainable"] + identity["parameters"]
-    config = common.make_config(args, accelerator, data, model, optimizer, example, "ViT-Tiny", heads)
-    config["model"] |= {
-        "parameters": heads[0]["parameters"],
-        "trainable": heads[0]["trainable"],
-        "backbone": identity,
-        "mean": [MEAN],
-        "std": [STD],
-    }
-    return config
-
-
-def train_epoch(accelerator, training: SimpleNamespace, epoch: int) -> list[tuple]:
-    """One pass over the training images' features, with what `build` has built; epochs count from 0.
-
-    Returns of each step the heads' learning rates, losses and accuracies; the last two stay on the device.
-    """
-    model, optimizer, batches = training.model, training.optimizer, training.batches
-    plain_loss = HeadsLoss()
+    Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
+    each step wait."""
     model.train()
     steps = []
-    for i, (features, labels) in enumerate(batches.epoch(epoch)):
-        rates = training.learning_rates(epoch * len(batches) + i)
-        for group, rate in zip(optimizer.param_groups, rates):  # a group is a head
+    for rate, (features, labels) in zip(rates, batches):
+        for group in optimizer.param_groups:
             group["lr"] = rate
 
         logits = model(features)
-        loss = training.criterion(logits, labels)
-        optimizer.zero_grad()
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
         accelerator.backward(loss)
         optimizer.step()
 
-        # For the log: the plain loss, without label smoothing, as of validation.
+        # For the log: the plain loss, without label smoothing, so that training and validation compare.
         logits = logits.detach()
-        accuracies = (logits.argmax(2) == labels[:, None]).float().mean(0)
-        steps.append((rates, plain_loss.each(logits, labels), accuracies))
+        plain_loss = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        steps.append((rate, plain_loss, accuracy))
     return steps
 
 
-def predict(accelerator, training: SimpleNamespace, split: str, batch_size: int) -> torch.Tensor:
-    """Log-probabilities float32 [N, heads, classes] of the images of a split."""
-    features = training.features[split]
-    logits = common.predict(accelerator, training.model, lambda index: features[index], len(features), batch_size)
-    return logits.log_softmax(2)
+def prepare(args, data, features, accelerator):
+    """Return what a run trains with: model, optimizer, batches, and the features of each split, on the device.
+
+    `features`: of each split a list of float16 [N, values], of "train" one for each view."""
+    device = accelerator.device
+    std, mean = torch.std_mean(features["train"][0].float(), 0)  # of the first view
+    model = LinearProbe(len(data.classes), mean, std.clamp(min=1e-6)).to(device)
+    optimizer = make_optimizer(model, args)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    views = [view.to(device) for view in features["train"]]
+
+    def inputs(index, epoch):
+        return views[epoch % len(views)][index]  # one an epoch, in turn
+
+    labels = data.labels["train"].to(device)
+    batches = common.Batches(accelerator, inputs, labels, args.batch_size, args.seed)
+    evaluated = {name: of_split[0].to(device) for name, of_split in features.items()}
+    return model, optimizer, batches, evaluated
 
 
-def train(args, name: str, data: common.Data, backbone, identity: dict, accelerator) -> None:
-    """Extract the features, or read them from the cache, and train one run into the folder runs/`name`."""
-    features, seconds = extract_all(args, data, backbone, identity, accelerator)
-    training = build(args, data, features, identity, accelerator)
-    training.config["feature_seconds"] = round(seconds, 3)
-    prefixes = [f"heads.{h}." for h in range(len(training.config["heads"]))]
-    with common.Run(accelerator, name, training.config, data, args.resume, prefixes) as run:
-        run.restore(model=training.model, optimizer=training.optimizer)
-        for epoch in run.epochs(args.epochs):
-            steps = train_epoch(accelerator, training, epoch)
-            run.end_epoch(steps, predict(accelerator, training, "val", args.batch_size))
-        run.finish(lambda split: predict(accelerator, training, split, args.batch_size))
+def train(args, config, data, features, accelerator):
+    """Train one run into its folder; `features` as `prepare` takes them."""
+    model, optimizer, batches, features = prepare(args, data, features, accelerator)
+
+    def predict(split):
+        return common.predict(accelerator, model, features[split].__getitem__, len(features[split]))
+
+    with common.Run(accelerator, config, data, model, optimizer) as run:
+        for epoch in run.remaining_epochs():
+            rates = common.learning_rates(args, len(batches), epoch)
+            steps = train_epoch(
+                accelerator, model, optimizer, batches.epoch(epoch), rates, args.label_smoothing
+            )
+            # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
+            run.end_epoch(steps, predict("val"))
+        run.finish(predict)
 
 
-def sanity_check(args, data: common.Data, backbone, identity: dict, accelerator) -> int:
-    """Learn four batches by heart; the exit code: 0 if that works, else 1."""
-    args = argparse.Namespace(**vars(args) | {"epochs": 60, "label_smoothing": 0.0, "views": 0})
-    data = dataclasses.replace(data, splits={"train": data.splits["train"]})
-    features, _ = extract_all(args, data, backbone, identity, accelerator)
-    data.splits["train"], pick = data.splits["train"].sample(4 * args.batch_size, args.seed)
-    features["train"] = [features["train"][0][pick]]
-    training = build(args, data, features, identity, accelerator)
-    for epoch in tqdm(range(args.epochs), "sanity check", unit="epoch", leave=False, disable=None):
-        train_epoch(accelerator, training, epoch)
-    log_probs = predict(accelerator, training, "train", args.batch_size)
-    return common.report_sanity_check(accelerator, log_probs, data.splits["train"].labels)
+def sanity_check(args, data, features, accelerator):
+    """Learn four batches by heart; returns the exit code, 0 if that works, else 1."""
+    args = argparse.Namespace(**vars(args) | {"epochs": 60})
+    model, optimizer, batches, _ = prepare(args, data, features, accelerator)
+    few = list(itertools.islice(batches.epoch(0), 4))  # always the same
+    for epoch in tqdm(range(args.epochs), "sanity check", leave=False, disable=None):
+        rates = common.learning_rates(args, len(few), epoch)
+        train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
+    return common.report_sanity_check(accelerator, model, few)
 
 
-# ------------------------------------------------------------------------------- the frozen backbone, its features
-
-
-def block_of(part: str) -> int:
-    """The block after which a part of the features is taken."""
-    return int(part.removeprefix("grid")) if part.startswith("grid") else BLOCKS - 1
-
-
-def pool(part: str, patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
-    """A part of the features, [B, values], of a block's tokens [B, patches, WIDTH] and [B, 1, WIDTH]."""
-    if part == "class":
-        return class_token[:, 0]
-    if part == "mean":
-        return patches.float().mean(1)
-    side = math.isqrt(patches.shape[1])
-    picture = patches.float().transpose(1, 2).unflatten(2, (side, side))
-    return F.adaptive_avg_pool2d(picture, 3).flatten(1)
+def values(choice):
+    """Return the number of values of one of FEATURES."""
+    return WIDTH * {"class": 1, "last": 2}.get(choice, 1 + 9)
 
 
 class Backbone(nn.Module):
-    """The frozen ViT-Tiny: images [B, 1 or 3, S, S] -> features float16 [B, values of all `parts`]."""
+    """The frozen ViT-Tiny: images float32 [B, 1 or 3, S, S], values 0 to 1 -> features float16 [B, values].
 
-    def __init__(self, vit: nn.Module, precision: str, parts: list[str]):
+    The features of several `choices` stand side by side, so that one pass gives them all."""
+
+    def __init__(self, vit, choices, precision):
         super().__init__()
-        self.vit, self.precision, self.parts = vit, precision, parts
+        self.vit, self.choices, self.precision = vit, choices, precision
 
     @torch.no_grad()
-    def forward(self, x):
-        blocks = sorted({block_of(part) for part in self.parts})
-        with common.autocast(x.device, self.precision):
+    def forward(self, images):
+        images = (images - 0.5) / 0.5  # what the weights were trained with
+        last = BLOCKS - 1
+        blocks = {choice: int(choice.removeprefix("grid")) for choice in self.choices if choice[:4] == "grid"}
+        wanted = sorted({last, *blocks.values()})
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             outputs = self.vit.forward_intermediates(
-                x.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
-                indices=blocks,
+                images.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
+                indices=wanted,
                 norm=True,
                 output_fmt="NLC",
                 return_prefix_tokens=True,
                 intermediates_only=True,
             )
-        tokens = dict(zip(blocks, outputs))
-        features = [pool(part, *tokens[block_of(part)]) for part in self.parts]
-        return torch.cat([feature.half() for feature in features], 1)
+        tokens = {block: output[0].float() for block, output in zip(wanted, outputs)}
+        class_token = outputs[-1][1][:, 0].float()  # of the last block: the only prefix token
+        features = []
+        for choice in self.choices:
+            features.append(class_token)
+            if choice == "last":
+                features.append(tokens[last].mean(1))
+            elif choice in blocks:
+                patches = tokens[blocks[choice]]  # [B, patches, WIDTH]
+                side = math.isqrt(patches.shape[1])
+                grid = F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), 3)
+                features.append(grid.flatten(1))
+        return torch.cat(features, 1).half()
 
 
-def find_weights(named: str | None) -> Path:
-    """The pretrained weights' file: `named`, else from the hub or its cache. Raises UserError if there is none."""
+def find_weights(named):
+    """Return the file of the pretrained weights: `named`, else from the hub or its cache.
+
+    Raises UserError where there is none."""
     if named:
         if not Path(named).is_file():
-            what = "not a file" if Path(named).exists() else "no such file"
-            raise UserError(f"{named}: {what}: give --weights, or VIT_TINY_WEIGHTS, the file of {BACKBONE}'s weights")
+            raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
         return Path(named)
     import urllib.error
     import urllib.request
@@ -319,264 +199,257 @@ def find_weights(named: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     where = timm.get_pretrained_cfg(BACKBONE).hf_hub_id, "model.safetensors"
-    cached = try_to_load_from_cache(*where)
+    cached = try_to_load_from_cache(*where)  # a path, or what says that there is none
     if isinstance(cached, str):
         return Path(cached)
-    print(f"fetching {where[0]} from the hub", flush=True)
+    print(f"fetching {where[0]} from the Hugging Face hub", flush=True)
     try:
         with contextlib.suppress(urllib.error.HTTPError):  # the hub's own client tries for a minute
             urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5)
         return Path(hf_hub_download(*where))
     except Exception as error:  # the client's errors have no common base
         why = common.brief(error)
-        raise UserError(f"could not fetch {'/'.join(where)} from the hub ({why}): give --weights FILE") from None
+        raise UserError(
+            f"{'/'.join(where)}: not to be had from the hub ({why}): give --weights FILE"
+        ) from None
 
 
-def choose_backbone(accelerator, args) -> tuple[str, Path | None]:
-    """The kind of backbone ("pretrained", "random" or "recorded features") and the file of it.
+def choose_backbone(accelerator, args):
+    """Return the backbone's file (None: random weights), and what a run records of it.
 
-    Raises UserError where neither the weights nor recorded features that could stand in are to be had.
-    """
+    Where the weights are not to be had, recorded features stand in. Raises UserError where these do not do either."""
+    identity = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     if args.no_pretrained:
-        return "random", None
+        return None, identity
     named = args.weights or os.environ.get("VIT_TINY_WEIGHTS")
     with accelerator.local_main_process_first():
         try:
-            return "pretrained", find_weights(named)
-        except UserError as error:  # leaving the block by it would leave the other processes waiting
-            missing = error
-    needed = set(all_parts(args.features)) - set(all_parts([DEFAULT_FEATURES]))
-    if named or not RECORDED.exists():
-        raise missing
-    if needed or args.image_size != 224 or args.views:
-        raise UserError(
-            f"{missing} ({RECORDED.name} has only {DEFAULT_FEATURES} and class of the plain images, 224 px)"
-        )
-    accelerator.print(f"{missing}\nusing the recorded features of the default images, {RECORDED.name}")
-    return "recorded features", RECORDED
-
-
-def load_vit(file: Path | None, image_size: int, seed: int = 0) -> nn.Module:
-    """ViT-Tiny without its head, frozen and in eval mode, from a weights file or (None) random.
-
-    Position embeddings are interpolated by timm where image_size is not 224. Pickled files are loaded with
-    weights_only. Raises UserError for a file that does not fit: timm itself leaves what a file lacks random.
-    """
-    import timm
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    torch.manual_seed(common.key_seed(seed, "backbone"))
-    vit = timm.create_model(BACKBONE, num_classes=0, img_size=image_size)
-    if file:
-        try:
-            state = timm.models.load_state_dict(str(file), weights_only=True)  # older versions would run a pickle
-            state = {key: value for key, value in state.items() if not key.startswith("head.")}
-            vit.load_state_dict(checkpoint_filter_fn(state, vit))
-            if not all(value.isfinite().all() for value in state.values()):
-                raise ValueError("values that are not finite")
-        except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
-            if common.is_system_error(error):
+            file = find_weights(named)
+        except UserError as error:
+            if named or not RECORDED.exists():
                 raise
-            why = common.brief(error)
-            raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
+            if args.views or args.image_size != 224 or set(args.features) - {"class", "grid6"}:
+                raise UserError(f"{error} ({RECORDED.name} has class and grid6 of 224 px only)") from None
+            accelerator.print(f"{error}\nusing the recorded features of the default images, {RECORDED.name}")
+            return RECORDED, common.load_tensors(RECORDED)[1]["backbone"] | {"weights": "recorded"}
+    return file, identity | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
+
+
+def load_vit(file, image_size):
+    """Return ViT-Tiny without its head, frozen, in eval mode, from a weights file or (None) random.
+
+    timm interpolates the position embeddings where `image_size` is not 224. Raises UserError for a file that does not
+    fit; it is loaded with its head, because only so does timm demand that nothing is missing."""
+    import timm
+
+    torch.manual_seed(common.key_seed("backbone"))
+    overlay = {"file": str(file), "custom_load": False} if file else None  # not Google's own file format
+    try:
+        vit = timm.create_model(
+            BACKBONE, pretrained=file is not None, img_size=image_size, pretrained_cfg_overlay=overlay
+        )
+    except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
+        why = common.brief(error)
+        raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
+    vit.reset_classifier(0)  # without its head
     return vit.eval().requires_grad_(False)
 
 
-def open_backbone(kind: str, file: Path | None, parts: list[str], image_size: int, accelerator):
-    """The Backbone on the device (None for recorded features) and its identity, which a run records."""
-    if kind == "recorded features":
-        return None, common.load_tensors(file)[1]["backbone"] | {"weights": kind}
+def open_backbone(file, choices, image_size, accelerator):
+    """Return the Backbone on the device."""
     vit = load_vit(file, image_size)
-    precision = accelerator.mixed_precision
-    if accelerator.device.type == "cpu" and precision == "bf16":
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         for block in vit.blocks:
             block.attn.fused_attn = False  # two plain products are faster in bf16 on a CPU
-    identity = {
-        "name": BACKBONE,
-        "weights": kind,
-        "sha256": common.file_sha256(file) if file else "seed 0",
-        "parameters": sum(p.numel() for p in vit.parameters()),
-    }
-    accelerator.print(f"backbone {BACKBONE}, {kind} ({identity['sha256'][:12]})")
-    return Backbone(vit, precision, parts).to(accelerator.device), identity
+    return Backbone(vit, choices, accelerator.mixed_precision).to(accelerator.device)
 
 
-def make_images(pixels: torch.Tensor, args, device) -> common.Images:
-    """Images, uint8 [N, C, S, S], as the ViT takes them, but for the channels."""
-    channels = pixels.shape[1]
-    return common.Images(pixels.to(device), vars(args), [MEAN] * channels, [STD] * channels, bicubic=True)
+def read_cache(file):
+    """Return features float16 [n, values] and the seconds that they took; None for a missing or damaged file."""
+    with contextlib.suppress(UserError):
+        tensors, meta = common.load_tensors(file)
+        return tensors["features"], meta["seconds"]
 
 
-def extract_all(args, data: common.Data, backbone, identity: dict, accelerator) -> tuple[dict, float]:
-    """Features of all splits, as `build` takes them, and the seconds that their forward passes took."""
-    if backbone is None:
-        return recorded_features(data, all_parts(args.features)), 0.0
-    features, seconds = {}, 0.0
-    for name, split in data.splits.items():
-        views = range(args.views) if args.views and name == "train" else [None]
-        found = [extract(args, name, split, view, backbone, identity, accelerator) for view in views]
-        features[name] = [x for x, _ in found] if name == "train" else found[0][0]
-        # What the homework's clock shows: a model that is only trained needs no features of test images.
-        seconds += sum(s for _, s in found) if name != "test" else 0.0
-    accelerator.print(f"features: kept in {CACHE}/; their forward passes took {seconds:.1f} s, those of test/ aside")
+def extract(args, data, name, view, backbone, identity, accelerator):
+    """Return of each of the backbone's choices the features of a split, float16 [N, values], and their seconds.
+
+    `view`: None for the plain images, else the number of an augmentation. What is finished is kept under features/, a
+    file for each choice and PART of the images; what is missing comes from one pass of the backbone."""
+    import timm
+
+    pixels, device = data.pixels[name].to(accelerator.device), accelerator.device
+    images = common.Images(pixels, vars(args), args.image_size)
+    # All that the features depend on; a run records only `identity` of it.
+    key = [identity, data.description["sha256"][name], args.image_size, backbone.precision, device.type]
+    key += [torch.__version__, timm.__version__]
+    if view is not None:
+        key += [view, args.seed, args.crop_scale, common.CROP_RATIO, args.no_flip]
+    # On a CPU what fits its cache is fastest.
+    batch_size = 256 if device.type == "cuda" else 16
+    quiet = not accelerator.is_main_process or None
+    bar = tqdm(total=len(pixels), desc=f"features of {name}", leave=False, delay=1, disable=quiet)
+    parts = []
+    for start in range(0, len(pixels), PART):
+        part = torch.arange(start, min(start + PART, len(pixels)), device=device)
+        files = []
+        for choice in backbone.choices:
+            digest = common.sha256(json.dumps([*key, start, choice]).encode())
+            files.append(CACHE / f"{digest[:24]}.safetensors")
+        cached = [read_cache(file) for file in files]
+        if None in cached:  # one pass gives them all
+
+            def inputs(index, part=part):
+                bar.update(len(index) * accelerator.num_processes)
+                index = part[index]
+                return images.plain(index) if view is None else images.augmented(index, view)
+
+            began = time.perf_counter()
+            output = common.predict(accelerator, backbone, inputs, len(part), batch_size).half()
+            seconds = time.perf_counter() - began
+            lengths = [values(choice) for choice in backbone.choices]
+            cached = [(features, seconds) for features in output.split(lengths, 1)]
+            if accelerator.is_main_process:
+                CACHE.mkdir(exist_ok=True)
+                for file, (features, _) in zip(files, cached):
+                    common.save_tensors(file, {"features": features}, {"seconds": seconds})
+        parts.append(cached)
+    bar.close()
+    joined = {}
+    for choice, of_choice in zip(backbone.choices, zip(*parts)):
+        features, seconds = zip(*of_choice)
+        joined[choice] = torch.cat(features), sum(seconds)
+    return joined
+
+
+def extract_all(args, data, backbone, identity, accelerator):
+    """Return of each choice the features as `prepare` takes them, and the seconds they took, those of test/ aside."""
+    features, seconds = {choice: {} for choice in backbone.choices}, Counter()
+    for name in data.pixels:
+        views = range(args.views) if args.views and name == "train" else [None]  # None: the plain image
+        for view in views:
+            extracted = extract(args, data, name, view, backbone, identity, accelerator)
+            for choice, (x, took) in extracted.items():
+                features[choice].setdefault(name, []).append(x)
+                seconds[choice] += took if name != "test" else 0
     return features, seconds
 
 
-def cache_folder(args, split: common.Split, view: int | None, backbone, identity: dict, device) -> Path:
-    """The folder under features/ of the features of a split, named by all that they depend on."""
-    import timm
+def recorded_features(data, choices):
+    """Return the features of the default images from vit_features.safetensors, as `extract_all` does.
 
-    key = identity | {"images": split.sha256, "size": args.image_size, "precision": backbone.precision, "view": view}
-    key |= {"device": device.type, "versions": [torch.__version__, timm.__version__]}
-    if view is not None:
-        key |= {"crop": [args.crop_scale, *common.CROP_RATIO], "flip": not args.no_flip, "seed": args.seed}
-    return CACHE / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def read_cache(folder: Path, parts: list[str], n: int) -> dict:
-    """part -> its features float16 [n, values] and the seconds that they took, of the parts that are there."""
-    found = {}
-    for part in parts:
-        with contextlib.suppress(UserError):  # not there, or damaged: made again
-            tensors, meta = common.load_tensors(folder / f"{part}.safetensors")
-            if tensors["features"].shape == (n, values(part)):
-                found[part] = tensors["features"], meta["seconds"]
-    return found
-
-
-def extract(args, name: str, split: common.Split, view, backbone, identity, accelerator) -> tuple[torch.Tensor, float]:
-    """Features float16 [N, values of all parts] (CPU) of a split, and the seconds that computing them took.
-
-    `view`: None for the plain images, else the number of an augmentation. Kept under features/, a file for each
-    part. What is missing comes from one pass of the backbone.
-    """
-    folder = cache_folder(args, split, view, backbone, identity, accelerator.device)
-    found = common.on_main_process(accelerator, lambda: read_cache(folder, backbone.parts, len(split.labels)))
-    missing = [part for part in backbone.parts if part not in found]
-    if missing:
-        images = make_images(split.images, args, accelerator.device)
-        inputs = images.plain if view is None else lambda index: images.augmented(index, view)
-        # On a CPU what fits its cache is fastest.
-        batch_size = (256 if accelerator.device.type == "cuda" else 16) * accelerator.num_processes
-        description = f"features of {name}" + ("" if view is None else f", view {view}")
-        began = time.perf_counter()
-        partial = Backbone(backbone.vit, backbone.precision, missing)
-        features = common.predict(accelerator, partial, inputs, len(split.labels), batch_size, description)
-        seconds = time.perf_counter() - began
-        new = split_parts(features, missing)
-
-        def write():
-            folder.mkdir(parents=True, exist_ok=True)
-            for part, columns in new.items():
-                common.save_tensors(folder / f"{part}.safetensors", {"features": columns}, {"seconds": seconds})
-
-        common.on_main_process(accelerator, write)
-        found |= {part: (columns, seconds) for part, columns in new.items()}
-    features = torch.cat([found[part][0] for part in backbone.parts], 1)
-    return features, max(seconds for _, seconds in found.values())
-
-
-def recorded_features(data: common.Data, parts: list[str]) -> dict:
-    """Features of the default images from vit_features.safetensors, as `extract_all` gives them.
-
-    A byte holds two values of 4 bits, with a scale and an offset for each dimension. Raises UserError for others.
-    """
+    A byte holds two values of 4 bits, with a scale and an offset for each dimension. Raises UserError for others."""
     tensors, meta = common.load_tensors(RECORDED)
-    features = {}
-    for name, split in data.splits.items():
-        if meta["images"].get(name) != split.sha256:
+    features = {choice: {} for choice in choices}
+    for name in data.pixels:
+        if meta["images"].get(name) != data.description["sha256"][name]:
             raise UserError(
-                f"{RECORDED.name} has the features of the default images only, and the weights could not be "
+                f"{RECORDED.name}: has the features of the default images only, and the weights could not be "
                 "fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
             )
         pairs = tensors[name]
         integers = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1)
-        whole = (integers * tensors["scale"] + tensors["offset"]).half()
-        columns = split_parts(whole, meta["parts"])
-        features[name] = torch.cat([columns[part] for part in parts], 1)
-    return features | {"train": [features["train"]]}
+        x = (integers * tensors["scale"] + tensors["offset"]).half()
+        for choice in choices:
+            features[choice][name] = [x[:, : values(choice)]]  # grid6 begins with the class token
+    return features, Counter()
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def load_classifier(run, weights=None):
+    """Return the trained probe of a run folder: `classify = load_classifier("runs/ViT-Tiny-class/...")`.
 
-
-def load_classifier(run: str | Path, weights: str | None = None):
-    """The trained probe of a run folder, to use it: `classify = load_classifier("runs/my-probe")`.
-
-    `classify(["shirt.png", ...])` gives for each image file a dict from class name to probability, the most
-    probable first; of several heads the best by validation decides. `weights`: the backbone's file, as --weights.
-    Raises UserError for a folder of another model, other weights, and files that are no images.
-    """
+    `classify(images)` takes file names, a folder, PIL images or NumPy arrays, and gives for each image a dict from
+    class name to probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError
+    for a folder of another model, other weights, and files that are no images."""
     from accelerate import PartialState
 
     config = common.read_json(Path(run) / "config.json")
-    if not config["model"]["backbone"]:
-        raise common.another_model(run)
-    heads, classes, options = config["heads"], config["data"]["classes"], argparse.Namespace(**config["options"])
-    best = max(common.read_metrics(Path(run) / "metrics.jsonl"), key=common.merit)["head"]
-    chosen = [head["name"] for head in heads].index(best)
-    parts = all_parts(options.features)
-    model = common.load_weights(Heads([head["features"] for head in heads], parts, len(classes)), run, config)
-    random = config["model"]["backbone"]["weights"] == "random"
+    choice, backbone = config["features"], config["backbone"]
+    if not backbone:
+        raise UserError(f"{run}: is no probe: use train_cnn.load_classifier")
+    size = values(choice)
+    model = LinearProbe(len(config["data"]["classes"]), torch.zeros(size), torch.ones(size))
+    random = backbone["weights"] == "random"  # drawn again from the seed
     file = None if random else find_weights(weights or os.environ.get("VIT_TINY_WEIGHTS"))
-    if file and common.file_sha256(file) != config["model"]["backbone"]["sha256"]:
+    if file and common.sha256(file.read_bytes()) != backbone["sha256"]:
         raise UserError(f"{file}: not the weights that {run} was trained with: give those")
+    precision = config["environments"][-1]["precision"]
+    vit = load_vit(file, config["data"]["image_size"])
     device = PartialState().device
-    backbone = Backbone(load_vit(file, options.image_size), options.mixed_precision, parts).to(device).eval()
-    model.to(device)
-
-    @torch.no_grad()
-    def classify(files: list[str | Path]) -> list[dict[str, float]]:
-        pixels = common.read_files(files, config)
-        images = make_images(pixels, options, device)
-        logits = model(backbone(images.plain(torch.arange(len(pixels), device=device))))
-        return common.name_classes(logits[:, chosen], classes)
-
-    return classify
+    network = nn.Sequential(Backbone(vit, [choice], precision), model).to(device).eval()
+    return common.make_classifier(run, config, model, lambda images: network(images.to(device)))
 
 
-def make_parser() -> common.Parser:
-    parser = common.training_parser(__doc__, lr=5e-3, batch_size=32, image_size=224, weight_decay=0.05)
+def make_parser():
+    parser = common.training_parser(__doc__, lr=5e-3, batch_size=32, image_size=224)
     add = parser.add_argument
     add(
         "--features",
-        choices=list(FEATURES),
+        choices=FEATURES,
         nargs="+",
-        default=[DEFAULT_FEATURES],
+        default=["class"],
         metavar="NAME",
-        help="what the linear layer sees: class (the last class token), last (with the mean of the last patch tokens), "
-        "grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid; grid6 was best on validation, "
-        "1 to 7 are alike within the noise)",
+        help="what the linear layer sees, a run each: class (the last class token), last (with the mean of the "
+        "last patch tokens), grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid) (class)",
     )
     add(
         "--views",
         type=common.number(int, 0, 1000),
         default=0,
-        help="augmented views of each training image, one an epoch in turn; 0: the image without crop and flip",
+        help="augmented views of each training image, one an epoch in turn; 0: the plain image (0)",
     )
     add("--weights", help=f"file of {BACKBONE}'s weights (safetensors, or a checkpoint of timm's)")
     add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
     return parser
 
 
-def main() -> int:
+def make_configs(runs, parser, data, identity, accelerator):
+    """Return what config.json says of each run."""
+    configs = []
+    for args in runs:
+        size = values(args.features)
+        model = LinearProbe(len(data.classes), torch.zeros(size), torch.ones(size))
+        kind = identity["weights"].replace("pretrained", "")
+        name = common.model_name(args, parser, f"ViT-Tiny-{args.features}-{kind}".strip("-"))
+        if args.name and len({run.features for run in runs}) > 1:
+            name += f" {args.features}"
+        optimizer = make_optimizer(model, args)
+        config = common.make_config(args, accelerator, data, name, __file__, model, optimizer)
+        config["features"], config["backbone"] = args.features, identity
+        config["parameters"] += identity["parameters"]  # the frozen ones
+        configs.append(config)
+    return configs
+
+
+def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.image_size % 16 or args.image_size < 32:
-        raise UserError(f"--image-size {args.image_size}: the ViT's patches need a multiple of 16, at least 32")
-    accelerator = common.make_accelerator(args.mixed_precision, args.deterministic)
-    kind, file = choose_backbone(accelerator, args)
-    prefix = {"pretrained": "vit", "random": "vit-random", "recorded features": "vit-recorded"}[kind]
-    runs = list(common.each_run(args, "seed"))
-    names = [common.run_name(one, args, parser, f"{prefix}-{'+'.join(one.features)}") for one in runs]
-    data = common.open_data(accelerator, args, names)
-    common.check_batch_size(len(data.splits["train"].labels), args.batch_size, accelerator.num_processes)
-    backbone, identity = open_backbone(kind, file, all_parts(args.features), args.image_size, accelerator)
-    if args.sanity_check:
-        return sanity_check(runs[0], data, backbone, identity, accelerator)
-    for one, name in zip(runs, names):
-        train(one, name, data, backbone, identity, accelerator)
-        accelerator.free_memory()
+        raise UserError(f"--image-size {args.image_size}: the ViT needs a multiple of 16, at least 32")
+    accelerator = common.make_accelerator(args.mixed_precision)
+    data = common.open_data(accelerator, args)
+    file, identity = choose_backbone(accelerator, args)
+    accelerator.print(f"backbone {BACKBONE}, {identity['weights']} ({identity['sha256'][:12]})")
+    choices = list(dict.fromkeys(args.features))
+    if identity["weights"] != "recorded":
+        backbone = open_backbone(file, choices, args.image_size, accelerator)
+        identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
+    runs = common.each_run(args, "features", "lr", "schedule", "seed")
+    configs = make_configs(runs, parser, data, identity, accelerator)
+    if not args.sanity_check:
+        common.check_runs(accelerator, configs, args.resume)
+    features = None
+    for one, config in zip(runs, configs):
+        if identity["weights"] == "recorded":
+            features, seconds = recorded_features(data, choices)
+        elif features is None or args.views:  # the crops of views depend on the seed
+            features, seconds = extract_all(one, data, backbone, identity, accelerator)
+        if args.sanity_check:
+            return sanity_check(one, data, features[one.features], accelerator)
+        config["feature_seconds"] = round(seconds[one.features], 3)
+        train(one, config, data, features[one.features], accelerator)
+        accelerator.free_memory()  # or it keeps each model
+    accelerator.wait_for_everyone()  # another process may still be listening to this one
     return 0
 
 

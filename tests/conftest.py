@@ -1,7 +1,8 @@
-"""Shared by the tests: the repository on the path, one thread a process, a way to run the scripts."""
+"""Shared by the tests: the repository on the path, one thread a process, data, and a way to run the scripts."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,38 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 WEIGHTS = os.environ.get("VIT_TINY_WEIGHTS")
-needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS does not name the pretrained weights")
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    """Undo what a test does to the number of threads, as `make_accelerator` may: other numbers round otherwise."""
-    import torch  # not above, where it would not see OMP_NUM_THREADS
-
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS names no weights")
 
 
 def run_script(name, *args, cwd, env=None, timeout=300):
-    """Run a script of the repository in `cwd` and return its CompletedProcess, output as text."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, args)],
-        cwd=cwd,
-        env=os.environ | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Run a script of the repository in `cwd`; returns its CompletedProcess, output as text."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    env = os.environ | (env or {})
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def metrics(run):
-    """The lines of a run's metrics.jsonl as they are, without common.read_metrics."""
+    """Return the lines of a run's metrics.jsonl, as dicts."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_user_error(result, *parts):
-    """The run ended as a user's mistake must: exit code 2 and one line on stderr that holds all `parts`."""
+    """Assert exit code 2 and one line on stderr that holds all `parts`, as for a user's mistake."""
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and len(lines) == 1, (result.returncode, result.stdout, result.stderr)
     for part in parts:
@@ -66,7 +52,7 @@ def first_images(source, folder, **counts):
             target = folder / "data" / split / name.name
             target.mkdir(parents=True)
             for image in sorted(name.iterdir())[:count]:
-                (target / image.name).write_bytes(image.read_bytes())
+                shutil.copy(image, target)
     return folder
 
 

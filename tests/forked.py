@@ -1,11 +1,8 @@
-"""Run a script in a child of a server that has imported the heavy packages: half a second instead of five.
+"""Run a script in a child of a server that has the heavy imports, perhaps with a `hook` that kills it at some place."""
 
-Children can be told to kill themselves with SIGKILL at a named place, to fail there, and so on: see `at_place`.
-"""
-
-import builtins
 import gc
 import importlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -20,28 +17,25 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["torch.utils.tensorboard", "accelerate", "safetensors.torch", "matplotlib.figure", "timm", "torch._dynamo"]
-)
+context.set_forkserver_preload(["torch.utils.tensorboard", "accelerate", "timm", "torch._dynamo"])
 
 
 def make_images(root, counts=(16, 5, 5), classes=("class0", "class1", "class2"), side=8):
-    """An ImageFolder of grey noise with a stripe a class, in train/, val/ and test/."""
+    """Make an ImageFolder of grey noise with a stripe a class, in train/, val/ and test/; returns `root`."""
     rng = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts):
         for label, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 150, (side, side))
-                stripe = 2 * label % side
-                pixels[:, stripe : stripe + 2] += 50
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+                pixels = rng.integers(0, 150, (side, side)).astype(np.uint8)
+                pixels[:, 2 * label % side :][:, :2] += 50
+                Image.fromarray(pixels).save(folder / f"{i:03}.png")
     return root
 
 
 def changed_copy(folder, script, *changes):
-    """Copy a script and common.py into `folder`, as coursework does, with each of `changes` (old, new) made in it."""
+    """Copy a script and common.py into `folder`, as coursework does, each of `changes` (old, new) made in it."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "common.py", folder)
     text = (ROOT / script).read_text()
@@ -52,36 +46,10 @@ def changed_copy(folder, script, *changes):
     return folder
 
 
-class Halves:
-    """A file whose every write is done in two halves, with `act` called between them."""
-
-    def __init__(self, file, act):
-        self.file, self.act = file, act
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, data):
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        self.act()
-        self.file.write(data[len(data) // 2 :])
-
-
 def at_place(act):
-    """Call `act(place)` before and after each step of an optimiser, TensorBoard record and change of a file.
-
-    And half-way through a file and a record. Places are named by what happens there: see the calls below.
-    """
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    """Call `act(place)` before, half-way through and after all that changes a run: see the calls below."""
     from tensorboard.summary.writer.record_writer import RecordWriter
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def around(owner, name, place):
         original = getattr(owner, name)
@@ -94,44 +62,41 @@ def at_place(act):
 
         setattr(owner, name, function)
 
-    def open_file(path, *args, **kwargs):
-        file = original_open(path, *args, **kwargs)
-        temporary = str(path).endswith(".tmp")  # as atomic_write writes
-        return Halves(file, lambda: act("half-way through a file")) if temporary else file
+    def write_halves(file, data, place):
+        file.write(data[: len(data) // 2])
+        file.flush()
+        act(place)
+        file.write(data[len(data) // 2 :])
+
+    def write_bytes(path, data):
+        with open(path, "wb") as file:
+            write_halves(file, data, "half-way through a file")
 
     def write_record(self, data):
-        whole = self._writer
-        self._writer = Halves(whole, lambda: act("half-way through a record"))
+        file, self._writer = self._writer, io.BytesIO()
         original_write(self, data)
-        self._writer = whole
+        record, self._writer = self._writer.getvalue(), file
+        write_halves(file, record, "half-way through a record")
 
-    original_open, builtins.open = builtins.open, open_file
+    Path.write_bytes = write_bytes
     original_write, RecordWriter.write = RecordWriter.write, write_record
-    around(os, "replace", lambda args: os.path.basename(args[1]))
+    around(os, "replace", lambda args: Path(args[1]).name)
     around(os, "truncate", lambda args: "cutting off events")
     around(os, "unlink", lambda args: "removing a file")
-    around(EventFileWriter, "add_event", lambda args: "a record")
-    register_optimizer_step_pre_hook(lambda *args: act("before a step"))  # act must return None here
     register_optimizer_step_post_hook(lambda *args: act("after a step"))
 
 
-def die_at(place, count):
-    """A hook: SIGKILL at the `count`-th time that the run comes to `place`."""
-    seen = 0
+def die_at(place, count, by=signal.SIGKILL):
+    """Hook: send this process a signal when it comes to `place` for the `count`-th time."""
+    places = []
 
     def act(here):
-        nonlocal seen
-        seen += here == place
-        if seen == count and here == place:
-            os.kill(os.getpid(), signal.SIGKILL)
+        places.append(here)
+        if here == place and places.count(place) == count:
+            os.kill(os.getpid(), by)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     at_place(act)
-
-
-def write_places(file):
-    """A hook: write down every place that the run comes to."""
-    log = open(file, "w", buffering=1)  # noqa: SIM115
-    at_place(lambda here: print(here, file=log))
 
 
 def child(script, args, cwd, output, hook, hook_args, env, scripts):
@@ -142,10 +107,7 @@ def child(script, args, cwd, output, hook, hook_args, env, scripts):
     gc.freeze()  # a collection would otherwise copy all that is shared with the server
     os.chdir(cwd)
     for stream in (1, 2):
-        file = os.open(f"{output}.{stream}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(file, stream)
-    encoding = os.environ.get("PYTHONIOENCODING")
-    sys.stdout, sys.stderr = (open(fd, "w", closefd=False, encoding=encoding) for fd in (1, 2))  # noqa: SIM115
+        os.dup2(os.open(f"{output}.{stream}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     script = Path(scripts or ROOT, script)
     sys.argv = [str(script), *map(str, args)]
     if scripts:  # the hook's module may have imported those of the repository
@@ -163,18 +125,17 @@ def child(script, args, cwd, output, hook, hook_args, env, scripts):
 def start(script, *args, cwd, hook=None, hook_args=(), env=None, output="output", scripts=None):
     """Start `script` (of the folder `scripts`, else of the repository) in `cwd`; `finish` waits for it.
 
-    `env`: environment variables to set, or with None to unset.
+    `hook(*hook_args)` is called first; `env`: environment variables to set, or with None to unset.
     """
-    output = cwd / output
-    arguments = (script, args, cwd, output, hook, hook_args, env or {}, scripts)
+    arguments = (script, args, cwd, cwd / output, hook, hook_args, env or {}, scripts)
     process = context.Process(target=child, args=arguments, daemon=True)
-    process.output = output
+    process.output = cwd / output
     process.start()
     return process
 
 
 def finish(process):
-    """Wait for a started process; its returncode, stdout and stderr, like subprocess.run's."""
+    """Wait for a started process; returns returncode, stdout and stderr, like subprocess.run."""
     process.join(120)
     process.kill()  # where it hangs: returncode is then that of the kill
     process.join()
@@ -183,23 +144,24 @@ def finish(process):
 
 
 def run(script, *args, cwd, **more):
-    """Like conftest's run_script, in a forked child; `hook(*hook_args)` is called in it before the script's main."""
+    """Run a script to its end, as conftest's run_script does, in a forked child."""
     return finish(start(script, *args, cwd=cwd, **more))
 
 
-def start_pair(script, *args, cwd, env=None, **more):
-    """Start `script` as two processes that find each other, with the environment that torchrun gives them."""
+def start_pair(script, *args, cwd, env=None, processes=2, **more):
+    """Start `script` as processes that find each other, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    env = (env or {}) | found | {"CUDA_VISIBLE_DEVICES": ""}
-    return [
-        start(script, *args, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, output=f"output{rank}", **more)
-        for rank in "01"
-    ]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    started = []
+    for rank in map(str, range(processes)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(start(script, *args, cwd=cwd, env=env | ranks, output=f"output{rank}", **more))
+    return started
 
 
 def run_pair(script, *args, cwd, **more):
-    """`start_pair`, and the results of both processes."""
+    """Run `script` as `start_pair` does; returns the results of all processes."""
     return [finish(process) for process in start_pair(script, *args, cwd=cwd, **more)]

@@ -1,10 +1,10 @@
-"""Record the default features of the default images, for the probe on machines that cannot have the weights.
+"""Record the features of the default images, for the probe on machines that cannot have the weights.
 
     python tools/record_features.py
 
-Reads the default data and the pretrained weights as train_vit_probe.py does, with its cache features/, and writes
-vit_features.safetensors (--out), which that script reads: 4 bits a value, two values a byte, with a scale and an
-offset for each dimension. The same features give the same bytes.
+Reads data/ as prepare_data.py makes it, the weights as train_vit_probe.py does, with its cache features/, and writes
+vit_features.safetensors (--out), which that script reads: grid6, which begins with class, in 4 bits a value, two values
+a byte, with a scale and an offset for each dimension.
 """
 
 import sys
@@ -23,45 +23,28 @@ LEVELS = 16
 CUT = 0.005
 
 
-def choose_steps(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Size of a step and value of level 0, float32 [D] each, for features [N, D] of the training images."""
-    ends = torch.tensor([CUT, 1 - CUT])
-    low, high = torch.quantile(features.float(), ends, dim=0)
-    scale = (high - low) / (LEVELS - 1)
-    return scale.clamp(min=1e-6), low
-
-
-def pack(features: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Features [N, D] as uint8 [N, D / 2]: the nearest level of each, the first of a pair in the high four bits."""
-    steps = (features.float() - offset) / scale
-    levels = steps.round().clamp(0, LEVELS - 1).to(torch.uint8)
-    return levels[:, 0::2] << 4 | levels[:, 1::2]
-
-
-def main() -> None:
-    parser = common.Parser(description=__doc__)
+def main():
+    parser = common.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=probe.RECORDED, help="file to write")
     out = parser.parse_args().out
     # float32, so that it does not matter whether this processor computes bf16.
-    args = probe.make_parser().parse_args(["--mixed-precision", "no"])
+    args = probe.make_parser().parse_args(["--features", "grid6", "--mixed-precision", "no"])
     accelerator = common.make_accelerator(args.mixed_precision)
-    kind, file = probe.choose_backbone(accelerator, args)
-    if kind != "pretrained":
-        raise common.UserError("no weights: name their file in VIT_TINY_WEIGHTS")
-    common.prepare_default_data(accelerator, args.data_dir)
     data = common.load_data(args.data_dir, args.image_size)
-    parts = probe.all_parts(args.features)
-    backbone, identity = probe.open_backbone(kind, file, parts, args.image_size, accelerator)
+    file, identity = probe.choose_backbone(accelerator, args)
+    if identity["weights"] != "pretrained":
+        raise common.UserError("no weights: name their file in VIT_TINY_WEIGHTS")
+    backbone = probe.open_backbone(file, args.features, args.image_size, accelerator)
+    identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
     features, _ = probe.extract_all(args, data, backbone, identity, accelerator)
-    features["train"] = features["train"][0]  # the only view
-
-    scale, offset = choose_steps(features["train"])
-    tensors = {"scale": scale, "offset": offset}
-    meta = {"backbone": identity, "parts": parts, "images": {}}
-    for name, split in data.splits.items():
-        tensors[name] = pack(features[name], scale, offset)
-        meta["images"][name] = split.sha256
-    common.save_tensors(out, tensors, meta)
+    features = {split: views[0].float() for split, views in features["grid6"].items()}  # the only view
+    low, high = torch.quantile(features["train"], torch.tensor([CUT, 1 - CUT]), dim=0)
+    scale = ((high - low) / (LEVELS - 1)).clamp(min=1e-6)
+    tensors = {"scale": scale, "offset": low}
+    for split, values in features.items():
+        levels = ((values - low) / scale).round().clamp(0, LEVELS - 1).to(torch.uint8)
+        tensors[split] = levels[:, 0::2] << 4 | levels[:, 1::2]
+    common.save_tensors(out, tensors, {"backbone": identity, "images": data.description["sha256"]})
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 

@@ -1,10 +1,9 @@
-"""Train the CNN as tutorials do: ImageFolder, PIL transforms, DataLoader, Adam. What tools/speed.py compares with.
+"""Train the CNN as tutorials do: ImageFolder, PIL transforms, DataLoader, Adam. tools/speed.py compares with it.
 
     python tools/usual_way.py --epochs 10 --workers 2
 
-Reads data/{train,val}/<class>/*, writes nothing, prints the accuracy of the last epoch. The augmentation is that of
-train_cnn.py; the network has its layers in the usual order. Imports nothing of this project, whose start-up it is
-compared with.
+Reads data/{train,val}/<class>/*, writes nothing, prints the accuracy after each epoch. The augmentation is that of
+train_cnn.py. Imports nothing of this project, so that its start-up is its own.
 """
 
 import argparse
@@ -12,38 +11,33 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode
 
 
-def usual_loader(folder, size=28, augment=True, workers=0, batch_size=64, grey=True, images=None) -> DataLoader:
-    """Batches (float32 [B, 1 or 3, size, size], labels [B]) of an ImageFolder; `images`: only so many of it."""
-    how = InterpolationMode.BILINEAR if grey else InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(size, (0.9, 1.0), (1 / 1.1, 1.1), how)
+def usual_loader(folder, augment=True, workers=0):
+    """Return a DataLoader of an ImageFolder: batches (float32 [64, 1, 28, 28], labels [64])."""
     if augment:
+        crop = transforms.RandomResizedCrop(28, scale=(0.9, 1.0), ratio=(1 / 1.1, 1.1))
         steps = [crop, transforms.RandomHorizontalFlip()]
     else:
-        steps = [transforms.Resize(size, how), transforms.CenterCrop(size)]
-    channels = [transforms.Grayscale()] if grey else []
+        steps = [transforms.Resize(28), transforms.CenterCrop(28)]
     end = [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
-    data = ImageFolder(str(folder), transforms.Compose(channels + steps + end))
-    if images:
-        data = Subset(data, torch.linspace(0, len(data) - 1, images).long().tolist())
-    return DataLoader(data, batch_size, shuffle=augment, num_workers=workers)
+    data = ImageFolder(str(folder), transforms.Compose([transforms.Grayscale(), *steps, *end]))
+    return DataLoader(data, batch_size=64, shuffle=augment, num_workers=workers)
 
 
-def usual_cnn(classes: int, widths=(32, 64, 128)) -> nn.Sequential:
-    """Blocks of convolution, batch normalisation, ReLU and max-pooling for 28 x 28 grey pixels, and a linear layer."""
+def usual_cnn(classes, widths=(32, 64, 128)):
+    """Return blocks of convolution, batch normalisation, ReLU and max-pooling, and a linear layer, for 28 x 28 px."""
     layers = []
     for before, width in zip((1, *widths), widths):
         layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 3 * 3, classes))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--workers", type=int, default=0)
@@ -62,12 +56,12 @@ def main() -> None:
             loss.backward()
             optimizer.step()
         model.eval()
-        right = 0
+        hits = 0
         with torch.no_grad():
             for images, labels in val_loader:
                 predictions = model(images.to(device)).argmax(1)
-                right += (predictions == labels.to(device)).sum().item()
-    print(f"validation accuracy {right / len(val_loader.dataset):.4f}")
+                hits += (predictions == labels.to(device)).sum().item()
+        print(f"validation accuracy {hits / len(val_loader.dataset):.4f}", flush=True)
 
 
 if __name__ == "__main__":
