@@ -683,7 +683,7 @@ def log_epoch(writer, line, rates, losses, model):
     """Log an epoch: its `line` of metrics.jsonl, rate and loss of each step, and histograms of the `model`."""
     epoch = line["epoch"]
     for key, value in line.items():
-        if "_" in key:  # "train_loss" and "val_loss" in one chart
+        if "_" in key:  # "train_loss" and "val_loss" side by side
             writer.add_scalar("/".join(reversed(key.split("_", 1))), value, epoch)
     for i, (rate, loss) in enumerate(zip(rates, losses), line["step"] - len(rates) + 1):
         writer.add_scalar("by step/learning rate", rate, i)
