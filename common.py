@@ -228,7 +228,7 @@ def find_images(folder, classes):
     names = [path.relative_to(folder).parts[0] for path in files]
     if not files and folder.name != "test":
         raise UserError(
-            f"{folder}: no class folders with images (there is: {', '.join(sorted(os.listdir(folder.parent)))}): "
+            f"{folder}: no class folders with images (there: {sorted(path.name for path in folder.parent.glob('*'))}): "
             "train/ and val/ need a folder of images for each class; prepare_data.py --source makes them"
         )
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
@@ -423,7 +423,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror or error}: free or change it"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
@@ -563,10 +563,10 @@ def atomic_write(path, data):
 
 
 def read_json(path):
-    """Return the dict in a JSON file. Raises UserError when it is missing or damaged."""
+    """Return the dict in a JSON file. Raises UserError when it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise damaged(path, error) from None
 
 
@@ -588,7 +588,7 @@ def load_tensors(path):
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise damaged(path, error) from None
 
 

@@ -355,7 +355,7 @@ def blocks_text(blocks):
         return "Features of three blocks or more make a curve: `--features class grid2 grid6 grid10`."
     best, n = grids.iloc[-1], blocks.data.iloc[0]["counts"]["val"]
     return f"""\
-After {blocks.epochs.iloc[0]} epoch(s) {means.index[-1]} is the best of all features by validation, \
+After {blocks.title.iloc[0].split(", ")[-1]} {means.index[-1]} is the best of all features by validation, \
 {means.iloc[-1]:.2f}%. Of the blocks it is {grids.index[-1]}, {best:.2f}%; the worst has {grids.iloc[0]:.2f}%. The \
 standard error on {n:,} images is {math.sqrt(best * (100 - best) / n):.2f} points."""
 
@@ -485,7 +485,7 @@ section 7 is kept. All runs with their figures: [runs.csv](runs.csv).
 
 def comparison_section(frame, shown, left_out):
     sides, run = shown.query("compared > 0"), frame.iloc[0]
-    others = ", ".join(sorted(set(frame.model) - set(shown.model)))
+    others = "; ".join(sorted(set(frame.title) - set(shown.title)))
     left_out = "\n- ".join([f"Only in runs.csv: {others or 'nothing'}", *left_out])
     mistakes = [f"![{title}](mistakes-{i}.png)" for i, title in enumerate(longest(sides).title.unique(), 1)]
     return f"""

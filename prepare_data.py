@@ -259,7 +259,7 @@ def main():
     add("--root", default="downloads", help="folder of torchvision's data sets (default: downloads)")
     add("--classes", nargs="+", help="named as in the table (default: all of them)")
     add(
-        "--per-class", type=lambda n: math.inf if n == "all" else count(n), default=1000, help="number or all"
+        "--per-class", type=lambda n: math.inf if n == "all" else count(n), default=1000, help="or all (1000)"
     )
     add("--val-fraction", type=share, default=0.2, help="for val, without val/ (default: 0.2)")
     add("--test-fraction", type=share, default=0.2, help="for test, without test/ (default: 0.2)")

@@ -266,7 +266,7 @@ def open_backbone(file, choices, image_size, accelerator):
 
 def read_cache(file):
     """Return features float16 [n, values] and the seconds that they took; None for a missing or damaged file."""
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, FileNotFoundError):
         tensors, meta = common.load_tensors(file)
         return tensors["features"], meta["seconds"]
 

@@ -222,7 +222,7 @@ def test_the_report_keeps_200_lines_and_the_plain_models(run_main, suffix):
     assert len(report().splitlines()) <= 200
     models = {row["Model"] for row in table("5 Comparison")}
     assert len(models) == 10 and plain.keys() <= models
-    others = re.search("Only in runs.csv: (.*)", report())[1].split(", ")
+    others = re.search("Only in runs.csv: (.*)", report())[1].split("; ")
     assert len(others) == 50 and not models & set(others) and len(pd.read_csv("report/runs.csv")) == 291
 
 
