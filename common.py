@@ -188,7 +188,7 @@ def read_images(files, limit):
     # Small files are read faster by one thread: several would wait for one another, for Python's lock.
     large = isinstance(files[0], Path) and files[0].stat().st_size > 20_000
     with ThreadPool(os.cpu_count() if large else 1) as pool:
-        results = pool.imap(read, files, chunksize=16)
+        results = pool.imap(read, files, chunksize=8)
         results = list(tqdm(results, "reading", len(files), leave=False, delay=1, disable=None))
     errors = [result for result in results if isinstance(result, str)]
     if errors:
