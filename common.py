@@ -399,6 +399,7 @@ def report_sanity_check(accelerator, model, batches):
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
         f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
     )
+    accelerator.wait_for_everyone()  # another process may still be listening to this one
     return int(not passed)
 
 

@@ -172,9 +172,8 @@ def load_classifier(run):
 def make_parser():
     parser = common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=None)
     width = common.number(int, 1)
-    parser.add_argument(
-        "--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each convolution"
-    )
+    add = parser.add_argument
+    add("--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each convolution")
     return parser
 
 

@@ -431,18 +431,18 @@ def main():
     file, identity = choose_backbone(accelerator, args)
     accelerator.print(f"backbone {BACKBONE}, {identity['weights']} ({identity['sha256'][:12]})")
     choices = list(dict.fromkeys(args.features))
-    if identity["weights"] != "recorded":
+    features = None
+    if identity["weights"] == "recorded":
+        features, seconds = recorded_features(data, choices)
+    else:
         backbone = open_backbone(file, choices, args.image_size, accelerator)
         identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
     runs = common.each_run(args, "features", "lr", "schedule", "seed")
     configs = make_configs(runs, parser, data, identity, accelerator)
     if not args.sanity_check:
         common.check_runs(accelerator, configs, args.resume)
-    features = None
     for one, config in zip(runs, configs):
-        if identity["weights"] == "recorded":
-            features, seconds = recorded_features(data, choices)
-        elif features is None or args.views:  # the crops of views depend on the seed
+        if features is None or args.views:  # the crops of views depend on the seed
             features, seconds = extract_all(one, data, backbone, identity, accelerator)
         if args.sanity_check:
             return sanity_check(one, data, features[one.features], accelerator)
