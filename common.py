@@ -7,6 +7,7 @@ is a pure function of (seed, epoch) or (seed, epoch, image): a resumed run equal
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import itertools
@@ -73,18 +74,22 @@ def random_crops(n, side, scale, gen):
     return torch.stack([top, left, height, width], 1).long(), u[4] < 0.5
 
 
-def crop_and_flip(images, boxes, flips):
+def crop_matrices(boxes, flips, side):
+    """Return what `random_crops` drew as matrices for F.affine_grid, float32 [n, 2, 3]."""
+    top, left, height, width = boxes.float().unbind(1)
+    # Its coordinates go from -1 to 1 over the image; a negative scale mirrors.
+    matrices = torch.zeros(len(boxes), 2, 3)
+    matrices[:, 0, 0] = torch.where(flips, -width, width) / side
+    matrices[:, 0, 2] = (2 * left + width) / side - 1
+    matrices[:, 1, 1] = height / side
+    matrices[:, 1, 2] = (2 * top + height) / side - 1
+    return matrices
+
+
+def crop_and_flip(images, matrices):
     """Enlarge a box of its own of each image (float [B, C, S, S]) to the image's size, and mirror it where asked."""
     # torchvision's functions have one box for a whole batch (its issues 2929 and 8484).
-    side = images.shape[-1]
-    top, left, height, width = boxes.to(images.dtype).unbind(1)
-    # affine_grid's coordinates go from -1 to 1 over the image; a negative scale mirrors.
-    theta = images.new_zeros(len(images), 2, 3)
-    theta[:, 0, 0] = torch.where(flips, -width, width) / side
-    theta[:, 0, 2] = (2 * left + width) / side - 1
-    theta[:, 1, 1] = height / side
-    theta[:, 1, 2] = (2 * top + height) / side - 1
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
     # Beyond the image's edge its last pixels are repeated, as in any resizing.
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -116,10 +121,10 @@ class Images:
             gen = generator(self.options["seed"], "augment", epoch)
             n, _, _, side = self.pixels.shape
             boxes, flips = random_crops(n, side, self.options["crop_scale"], gen)
-            self.boxes = boxes.to(self.pixels.device)
-            self.flips = flips.to(self.pixels.device) & (not self.options["no_flip"])
+            flips &= not self.options["no_flip"]
+            self.matrices = crop_matrices(boxes, flips, side).to(self.pixels.device)
             self.drawn_epoch = epoch
-        images = crop_and_flip(self.pixels[index] / 255, self.boxes[index], self.flips[index])
+        images = crop_and_flip(self.pixels[index] / 255, self.matrices[index])
         return resize(images, self.size)
 
 
@@ -139,7 +144,7 @@ def image_files(folder):
         for path in (Path(here, name) for name in filter(is_visible, names)):
             (images if path.suffix.lower() in readable else others).append(path)
     # As text, because Path itself sorts otherwise on Windows than elsewhere.
-    return sorted(images, key=Path.as_posix), sorted(others, key=Path.as_posix)
+    return sorted(images, key=Path.as_posix), others
 
 
 def decode(file):
@@ -152,7 +157,7 @@ def decode(file):
         if not isinstance(image, Image.Image):
             image = Image.open(file)
         # Pillow opens 16-bit colour as 8-bit RGB, but the decoder's raw mode ("RGB;16B") tells.
-        if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+        if image.mode[0] in "IF" or re.search(";16[BLN]", str(getattr(image, "tile", ""))):
             raise ValueError("more than 8 bits a channel: convert it to 8-bit grey or RGB")
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF, of a dozen kinds: the pixels are fine
@@ -163,7 +168,7 @@ def decode(file):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert(mode)
     except Exception as error:  # of a damaged file: a dozen kinds, depending on its format
-        if getattr(error, "errno", None):
+        if getattr(error, "filename", None):
             raise  # no such file, no permission
         raise ValueError(brief(error)) from None
 
@@ -178,17 +183,17 @@ def read_images(files, limit):
         try:
             image = decode(file)
         except ValueError as error:
-            return f"{file}: {error}"
+            return f"{file if isinstance(file, str | Path) else type(file).__name__}: {error}"
         size = image.size
         pixel_hash = hashlib.sha256(f"{image.mode} {size}".encode() + image.tobytes()).digest()
         if not image.width == image.height <= limit:
             image = ImageOps.fit(image, (limit, limit), Image.Resampling.BICUBIC)
         return image, size, pixel_hash
 
-    # Small files are read faster by one thread: several would wait for one another, for Python's lock.
     large = isinstance(files[0], Path) and files[0].stat().st_size > 20_000
-    with ThreadPool(os.cpu_count() if large else 1) as pool:
-        results = pool.imap(read, files, chunksize=8)
+    with ThreadPool(os.cpu_count()) as pool:
+        # Threads that read small files would only wait for one another, for Python's lock.
+        results = pool.imap(read, files, chunksize=8) if large else map(read, files)
         results = list(tqdm(results, "reading", len(files), leave=False, delay=1, disable=None))
     errors = [result for result in results if isinstance(result, str)]
     if errors:
@@ -233,9 +238,8 @@ def find_images(folder, classes):
         )
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
     if different:
-        raise UserError(
-            f"{folder}: other classes than in train/: {', '.join(sorted(different))}: rename them"
-        )
+        names = ", ".join(sorted(different))
+        raise UserError(f"{folder}: has not the classes of train/: {names}: add, rename or remove them")
     return files, names, others
 
 
@@ -297,9 +301,7 @@ def open_data(accelerator, args):
     n, batch_size, processes = counts["train"], args.batch_size, accelerator.num_processes
     # Batch normalisation needs two images in each process.
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
-        raise UserError(
-            f"--batch-size {batch_size}: give a multiple of {processes} from {2 * processes} to {n} (images)"
-        )
+        raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
     if n % batch_size:
         lines.append(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of an epoch, by turns")
     accelerator.print("\n".join(lines))
@@ -412,6 +414,8 @@ def cli(main):
     """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
+    # Fewer rounds of the garbage collector, and none at the end: they take a second of a training.
+    gc.set_threshold(100_000)
     code, message = 2, None
     try:
         code = main() or 0
@@ -429,7 +433,9 @@ def cli(main):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
+        sys.stdout.flush()
         os._exit(code)
+    gc.freeze()
     sys.exit(code)
 
 
@@ -505,10 +511,7 @@ def make_accelerator(mixed_precision=None):
         # Launchers set 1 where nothing was asked for, and a CPU run would train on one core.
         torch.set_num_threads(max(1, os.cpu_count() // world))
     cpu = not torch.accelerator.is_available()  # or two processes without a GPU do not find each other
-    if cpu:
-        bf16 = torch.cpu._is_avx512_bf16_supported()
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    bf16 = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(False)
     try:
         accelerator = Accelerator(
             cpu=cpu,
@@ -597,7 +600,7 @@ def save_tensors(path, tensors, meta):
     """Write a dict of tensors and a JSON-able dict as one safetensors file, atomically."""
     from safetensors.torch import save
 
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     atomic_write(path, save(tensors, {"json": json.dumps(meta)}))
 
 
@@ -626,13 +629,12 @@ def model_name(args, parser, base):
 
 def run_folder(config):
     """Return the folder of a run, such as runs/CNN/e10-lr0.005-cosine-s0."""
-    name = f"e{config['epochs']}-lr{config['lr']:g}-{config['schedule']}-s{config['seed']}"
+    name = f"e{config['epochs']}-lr{config['lr']}-{config['schedule']}-s{config['seed']}"
     return RUNS_DIR / config["model"] / name
 
 
 def make_config(args, accelerator, data, name, script, model, optimizer):
     """Return what config.json says of a run of the model `name`; `model` and `optimizer` before they are prepared."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "model": name,
         **{key: getattr(args, key) for key in SETTING},
@@ -641,7 +643,7 @@ def make_config(args, accelerator, data, name, script, model, optimizer):
         # The learning rate is of the setting, not of the model.
         "optimizer": re.sub(r"\n *lr: .*", "", repr(optimizer)),
         "backbone": None,
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "options": vars(args) | {"image_size": data.image_size},
         "data": data.description,
         "feature_seconds": 0.0,
@@ -677,7 +679,8 @@ def check_runs(accelerator, configs, resume):
                 raise UserError(f"{folder}: holds runs of another model ({differing}): give --name")
             changed |= {name for name, _ in config["scripts"].items() - earlier["scripts"].items()}
         if changed:
-            accelerator.print(f"{folder}: changed since: {', '.join(changed)}; --name if results can differ")
+            names = ", ".join(sorted(changed))
+            accelerator.print(f"{folder}: changed since: {names}; --name if results can differ")
 
 
 def log_epoch(writer, line, rates, losses, model):
@@ -737,7 +740,7 @@ class Run:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             for name, value in self.objects.items():
-                value.load_state_dict(checkpoint["states"][name])
+                value.load_state_dict(checkpoint["states"].get(name, value.state_dict()))
             self.history, self.best = checkpoint["history"], checkpoint["best"]
             self.events = checkpoint["events"]
         except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
@@ -792,8 +795,7 @@ class Run:
             where = f"in epoch {epoch}, at learning rates of up to {max(rates):g}"
             raise UserError(f"{self.path}: the loss is no longer a number {where}: give a smaller --lr")
         if not self.history or rank_key(line) > max(map(rank_key, self.history)):
-            weights = self.model.state_dict()
-            self.best = {key: value.detach().cpu().clone() for key, value in weights.items()}
+            self.best = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
         self.history.append(line)
         if self.accelerator.is_main_process:
             log_epoch(self.writer, line, rates, losses.tolist(), self.model)

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 from sklearn.metrics import ConfusionMatrixDisplay, f1_score
 
 import common
@@ -37,9 +37,6 @@ from common import UserError
 MAX_MODELS = 10  # in the report, for its 200 lines; the others are in runs.csv
 MAX_COMPARED = 5  # of these side by side: in pairs, in confusion matrices
 SETTING = ["model", "epochs", "lr", "schedule"]  # runs that agree in these differ by their seeds
-SPLITS = {"val": "validation", "test": "test"}
-# The homework's models without further options; the grids of all blocks are one kind.
-PLAIN = re.compile(r"(CNN|ViT-Tiny-(?:class|last|grid))\d*(?:-recorded)?")
 
 ANSWERS = """
 ## 7 Conclusions
@@ -55,32 +52,36 @@ ANSWERS = """
 def read_run(folder):
     """Return a run as a dict: the columns of runs.csv, up to "images", and what else the report needs.
 
-    Raises UserError for an unfinished run, nearly anything for damaged files."""
+    Raises UserError where no run has ended, nearly anything for damaged files."""
+    predictions = folder / "predictions.safetensors"
+    if not predictions.exists():
+        raise UserError("no finished run: train it, with --resume if it was stopped")
     config = common.read_json(folder / "config.json")
-    if not (folder / "predictions.safetensors").exists():
-        raise UserError("unfinished: start its training again with --resume")
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     curve = [json.loads(line) for line in lines]
-    if len(curve) != config["epochs"]:
-        raise UserError("metrics.jsonl: not a line for each epoch: copy or train it again")
-    tensors, _ = common.load_tensors(folder / "predictions.safetensors")
-    data, split = config["data"], "test" if "test.labels" in tensors else "val"
-    labels, log_probs = tensors[f"{split}.labels"], tensors[f"{split}.log_probs"]
-    confidence, predicted = log_probs.exp().max(1)
     best = max(curve, key=common.rank_key)
-    frozen = config["backbone"]["parameters"] if config["backbone"] else 0
-    model, epochs = folder.resolve().parent.name, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+
+    tensors, _ = common.load_tensors(predictions)
+    split = "test" if "test.labels" in tensors else "val"
+    labels = tensors[f"{split}.labels"]
+    log_probs = tensors[f"{split}.log_probs"]
+    confidence, predicted = log_probs.exp().max(1)
+
+    model = folder.resolve().parent.name
+    epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+    data, backbone = config["data"], config["backbone"]
+    frozen = backbone["parameters"] if backbone else 0
+    copied = (*SETTING[1:], "seed", "features", "parameters", "feature_seconds")
     return {
         "run": folder.as_posix(),
         "model": model,
-        **{key: config[key] for key in (*SETTING[1:], "seed", "features", "parameters", "feature_seconds")},
+        **{key: config[key] for key in copied},
         "trainable": config["parameters"] - frozen,
         "seconds": config["feature_seconds"] + sum(line["seconds"] for line in curve),
         "best_epoch": best["epoch"],
         **{key: best[key] for key in ("train_accuracy", "val_accuracy", "val_macro_f1", "val_loss")},
         "split": split,
         **common.scores(log_probs, labels),
-        "training_images": data["counts"]["train"],
         "images": len(labels),
         "title": f"{model}, {epochs}",
         "panel": f"validation accuracy, {epochs}",
@@ -97,15 +98,16 @@ def read_run(folder):
 
 
 def read_runs(names):
-    """Read the runs in the folders `names`, of runs or models; without any, those in runs/*/*/.
+    """Read the runs in and below the folders `names`.
 
     Returns a data frame with a row a run, of the data set that most runs report on, and lines on the runs that are
     left out. Raises UserError when no run can be read."""
-    rows, left_out = [], []
-    files = [] if names else sorted(common.RUNS_DIR.glob("*/*/config.json"))
+    files = set()
     for name in names:
-        files += sorted(name.rglob("config.json")) or [name / "config.json"]
-    for folder in {file.parent.resolve(): file.parent for file in files}.values():
+        folder = Path(os.path.relpath(name))  # one spelling, or a run could count twice
+        files |= set(folder.rglob("config.json")) or {folder / "config.json"}
+    rows, left_out = [], []
+    for folder in sorted(file.parent for file in files):
         try:
             rows.append(read_run(folder))
         except UserError as error:
@@ -113,11 +115,11 @@ def read_runs(names):
         except Exception as error:  # of JSON, of tensors, of values: many kinds
             left_out.append(f"{folder}: damaged, or of other scripts ({error!r})")
     if not rows:
-        raise UserError("; ".join(left_out) or f"{common.RUNS_DIR}: no runs yet: python train_cnn.py")
+        raise UserError("; ".join(left_out))
     frame = pd.DataFrame(rows)
     same = frame.data_set == frame.data_set.value_counts().index[0]
     for _, others in frame[~same].groupby("data_set"):
-        models = sorted({Path(run).parent.as_posix() for run in others.run})
+        models = others.run.map(os.path.dirname).unique()
         command = shlex.join(["python", "evaluate.py", *models])
         for run in others.run:
             left_out.append(f"{run}: other images: `{command}`; or --resume, if test/ came later")
@@ -128,8 +130,7 @@ def best_settings(frame):
     """Return the runs of the best setting of each model and number of epochs, the best of all first.
 
     By the means over the seeds of validation accuracy, then of validation loss."""
-    means = frame.groupby(SETTING)[["val_accuracy", "val_loss"]].mean()
-    means = means.round(9).reset_index()  # equal means may differ in their last bits
+    means = frame.groupby(SETTING)[["val_accuracy", "val_loss"]].mean().reset_index()
     ranked = means.sort_values(["val_accuracy", "val_loss"], ascending=[False, True])
     return ranked.drop_duplicates(["model", "epochs"])[SETTING].merge(frame.sort_values("seed"))
 
@@ -139,20 +140,17 @@ def select(best):
 
     Models stand at the first and the last number of epochs that CNN and probe share, and at their own best one. Adds
     `place`, the model's, and `compared`: the number of epochs at which the run is compared with others, else 0."""
-    ranked = list(best.model.unique())
-    suffix = f" {Path(best.data.iloc[0]['path']).resolve().name}"
-    plain = {}
-    for model in ranked:
-        if match := PLAIN.fullmatch(model.removesuffix(suffix)):
-            plain.setdefault(match[1], model)
-    # Variants never push out the CNN, class and last; of the blocks' grids the best stands for all.
-    listed = list(dict.fromkeys(sorted(plain.values()) + ranked))[:MAX_MODELS]
+    models = best.drop_duplicates("model")
+    kinds = models.features.str.rstrip("0123456789")  # pixels, class, last, grid
+    # The best of each kind come first: the variants of one never push out another.
+    ranked = models.assign(again=kinds.duplicated()).sort_values("again", kind="stable")
+    listed = ranked.model.tolist()[:MAX_MODELS]
 
     own_best = best.epochs == best.groupby("model").epochs.transform("first")
     sides = best[best.model.isin(listed[:MAX_COMPARED])]
     is_cnn = sides.features == "pixels"
-    kinds = is_cnn.groupby(sides.epochs).nunique()
-    shared = kinds.index[kinds == is_cnn.nunique()]
+    both = is_cnn.groupby(sides.epochs).nunique() == is_cnn.nunique()
+    shared = both.index[both]
     compared = own_best * 1  # where no number is shared, each stands at its own best
     if len(shared):
         compared = best.epochs.where(best.epochs.isin([min(shared), max(shared)]), 0)
@@ -171,10 +169,12 @@ def longest(shown):
 def find_blocks(best):
     """Return those of the `best_settings` of probes that differ in nothing but their features.
 
-    Of the number of epochs with the most blocks. Adds `block`, NaN for features that are no grid."""
+    Of the number of epochs with the most blocks. Adds `block`, and `line` for their picture."""
     block = pd.to_numeric(best.features.str.removeprefix("grid"), errors="coerce")
+    line = best.features.where(block.isna(), "3x3 grid of a block")
+    blocks = best.assign(line=line, block=block.fillna(11))  # class token and mean are of the last block
     family = [run.model.replace(run.features, "") for run in best.itertuples()]
-    groups = best.assign(block=block).groupby(["epochs", family])
+    groups = blocks.groupby(["epochs", family])
     return groups.get_group(groups.block.nunique()[::-1].idxmax())
 
 
@@ -182,33 +182,36 @@ def draw_lines(frame, x):
     """Draw a line for each value of the column `line`: means over the seeds, a band from least to most.
 
     `x`: the column for x; `value`: that for y; `panel`: the title of a row's panel."""
-    panels, drawn = frame.groupby("panel", sort=False), {}
-    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+    panels = frame.groupby("panel", sort=False)
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6 * columns + 1, 4 * rows + 2), layout="constrained")
-    for place, (panel, lines) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, place, title=panel, xlabel=x)
+    for place, (title, panel) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=x)
         for i, line in enumerate(frame.line.unique()):
-            values = lines[lines.line == line].groupby(x).value.agg(["mean", "min", "max"])
-            (drawn[textwrap.fill(line, 60)],) = axes.plot(values["mean"], f"C{i % 10}.-")
-            axes.fill_between(values.index, values["min"], values["max"], color=f"C{i}", alpha=0.15)
+            values = panel[panel.line == line].groupby(x).value.agg(["mean", "min", "max"])
+            color = f"C{i}"
+            label = textwrap.fill(line, 60)
+            axes.plot(values["mean"], ".-", color=color, label=label)
+            axes.fill_between(values.index, values["min"], values["max"], color=color, alpha=0.15)
         axes.grid(alpha=0.3)
         if x == "lr":
             axes.set_xscale("log")
             axes.set_xticks(sorted(set(frame.lr)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2)
+    # Each panel has all lines, an empty one where there are no values.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def draw_confusions(sides):
     """Draw the confusion matrices of the lowest seeds: a row a number of epochs, a column a model."""
     classes = [name[:24] for name in sides.data.iloc[0]["classes"]]
-    epochs, columns = sorted(set(sides.compared)), sides.place.max() + 1
+    epochs = sorted(set(sides.compared))
+    columns = sides.place.max() + 1
     side = max(3.3, 0.15 * len(classes))
     figure = Figure(figsize=(side * columns + 1, side * len(epochs) + 1), layout="constrained")
-    settings = {"cmap": "Blues", "colorbar": False, "xticks_rotation": "vertical"}
-    settings["include_values"] = len(classes) <= 12  # more cannot be read
     for run in sides.drop_duplicates("title").itertuples():
         place = epochs.index(run.compared) * columns + run.place + 1
         axes = figure.add_subplot(len(epochs), columns, place)
@@ -217,8 +220,11 @@ def draw_confusions(sides):
             run.predicted,
             labels=range(len(classes)),
             display_labels=classes,
+            include_values=len(classes) <= 12,  # more cannot be read
+            xticks_rotation="vertical",
+            cmap="Blues",
             ax=axes,
-            **settings,
+            colorbar=False,
         )
         axes.set_title(textwrap.fill(run.title, 30), fontsize=10)
         axes.label_outer()
@@ -229,11 +235,13 @@ def draw_mistakes(run, pixels):
     """Draw the twelve most confident mistakes of a run; `pixels` uint8 [N, C, S, S]."""
     classes = [name[:24] for name in run.data["classes"]]
     wrong = np.flatnonzero(~run.right)
+    worst = wrong[np.argsort(-run.confidence[wrong])][:12]
     figure = Figure(figsize=(9, 8))
-    for place, i in enumerate(wrong[np.argsort(-run.confidence[wrong])][:12], 1):
+    for place, i in enumerate(worst, 1):
         axes = figure.add_subplot(3, 4, place)
         axes.imshow(pixels[i].permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
-        true, predicted = classes[run.labels[i]], classes[run.predicted[i]]
+        true = classes[run.labels[i]]
+        predicted = classes[run.predicted[i]]
         axes.set_title(f"true: {true}\npredicted: {predicted} ({run.confidence[i]:.1%})", fontsize=8)
         axes.axis("off")
     return figure
@@ -244,12 +252,16 @@ def draw_augmentation(options, data):
     _, index = np.unique(data.labels["train"], return_index=True)
     index = torch.from_numpy(index[:10])
     images = common.Images(data.pixels["train"], options, data.image_size)
-    views = [images.plain(index)] + [images.augmented(index, epoch) for epoch in range(5)]
+    views = [images.plain(index)]
+    for epoch in range(5):
+        views.append(images.augmented(index, epoch))
     rows = torch.cat(views, 3)  # side by side: [classes, C, S, 6 S]
+    picture = torch.cat(list(rows), 1).permute(1, 2, 0)
     figure = Figure(figsize=(8, len(rows) + 1), layout="constrained")
     axes = figure.add_subplot(xticks=[])
-    axes.imshow(torch.cat(list(rows), 1).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-    axes.set_yticks(data.image_size * (np.arange(len(rows)) + 0.5), [name[:24] for name in data.classes[:10]])
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    middles = data.image_size * (np.arange(len(rows)) + 0.5)
+    axes.set_yticks(middles, [name[:24] for name in data.classes[:10]])
     return figure
 
 
@@ -269,16 +281,16 @@ def draw_pictures(frame, best, shown):
         yield "accuracy-by-lr.png", draw_lines(tried, "lr")
     blocks = find_blocks(best)
     if blocks.block.nunique() > 2:
-        # Class token and mean are of the last block.
-        line = blocks.features.where(blocks.block.isna(), "3x3 grid of a block")
-        yield "which-layer.png", draw_lines(blocks.assign(line=line, block=blocks.block.fillna(11)), "block")
+        yield "which-layer.png", draw_lines(blocks, "block")
 
     runs = longest(sides).drop_duplicates("model")
-    split, recorded = runs.split.iloc[0], runs.data.iloc[0]
+    first = runs.iloc[0]
+    split = first.split
+    recorded = first.data
     data = common.load_data(recorded["path"], recorded["image_size"], ("train", split))
     if data.description["sha256"][split] != recorded["sha256"][split]:
         raise UserError(f"{recorded['path']}: has other images now")
-    yield "augmentation.png", draw_augmentation(runs.config.iloc[0]["options"], data)
+    yield "augmentation.png", draw_augmentation(first.config["options"], data)
     for place, run in enumerate(runs.itertuples(), 1):
         yield f"mistakes-{place}.png", draw_mistakes(run, data.pixels[split])
 
@@ -292,9 +304,12 @@ def mean_sd(values, digits=4):
 def markdown_table(rows):
     """Return a Markdown table of a data frame, or of dicts; columns after the first are right-aligned."""
     frame = pd.DataFrame(rows).fillna("").astype(str)
-    lines = [frame.columns, ["---"] + ["---:"] * (len(frame.columns) - 1), *frame.values]
-    texts = [" | ".join(cell.replace("|", r"\|") for cell in line) for line in lines]
-    return "\n".join(f"| {text} |" for text in texts)
+    rule = ["---"] + ["---:"] * (len(frame.columns) - 1)
+    lines = []
+    for cells in (frame.columns, rule, *frame.values):
+        text = " | ".join(cell.replace("|", r"\|") for cell in cells)
+        lines.append(f"| {text} |")
+    return "\n".join(lines)
 
 
 def data_section(frame):
@@ -302,7 +317,8 @@ def data_section(frame):
     lines = []
     for data in frame.data:
         counts = data["counts"]
-        lines.append(f"{data['path']}: {', '.join(f'{n:,} {split}' for split, n in counts.items())} images.")
+        numbers = ", ".join(f"{n:,} {split}" for split, n in counts.items())
+        lines.append(f"{data['path']}: {numbers} images.")
         for split, n in data["repeated"].items():
             if n:
                 lines.append(f"{n:,} of {counts[split]:,} {split} images are also in an earlier split.")
@@ -323,10 +339,11 @@ def model_section(models, script):
     """Return what the CNNs or the probes are: the first in full, the others by the lines that differ."""
     if models.empty:
         return f"None was trained: `python {script} --epochs 10`"
-    rows, first = [], models.config.iloc[0]
+    rows = []
+    first = models.config.iloc[0]
     for run in models.itertuples():
-        changes = difflib.unified_diff(describe(first), describe(run.config), n=0)
-        changes = [line for line in list(changes)[2:] if line[0] in "+-"]
+        lines = difflib.ndiff(describe(first), describe(run.config))
+        changes = [line for line in lines if line[0] in "+-"]
         row = {
             "Model": run.model,
             "Parameters": f"{run.parameters:,}",
@@ -335,29 +352,15 @@ def model_section(models, script):
         }
         rows.append(row)
     network = "\n".join(first["network"].splitlines()[:24])
-    names = sorted(first["options"].keys() - common.NO_PART_OF_MODEL)
-    options = [f"{name} {first['options'][name]}" for name in names]
+    options = [line for line in describe(first) if line.split()[0] in first["options"]]
     return f"""\
 ```
 {network}
 ```
 
-{first["model"]}: {" ".join(first["optimizer"].split())}, {", ".join(options)}
+{first["model"]}: {first["optimizer"].split()[0]}, {", ".join(options)}
 
 {markdown_table(rows)}"""
-
-
-def blocks_text(blocks):
-    """Return which features are the best by validation."""
-    means = 100 * blocks.groupby("features").val_accuracy.mean().sort_values()
-    grids = means[means.index.str.startswith("grid")]
-    if len(grids) < 3:
-        return "Features of three blocks or more make a curve: `--features class grid2 grid6 grid10`."
-    best, n = grids.iloc[-1], blocks.data.iloc[0]["counts"]["val"]
-    return f"""\
-After {blocks.title.iloc[0].split(", ")[-1]} {means.index[-1]} is the best of all features by validation, \
-{means.iloc[-1]:.2f}%. Of the blocks it is {grids.index[-1]}, {best:.2f}%; the worst has {grids.iloc[0]:.2f}%. The \
-standard error on {n:,} images is {math.sqrt(best * (100 - best) / n):.2f} points."""
 
 
 def profile_section(out):
@@ -372,7 +375,8 @@ def results_table(shown):
     """Return a row for each model and number of epochs, with Wilson's intervals."""
     rows = []
     for _, runs in shown.groupby("title", sort=False):
-        run, features = runs.iloc[0], runs.feature_seconds.mean()
+        run = runs.iloc[0]
+        features = runs.feature_seconds.mean()
         right = binomtest(round(runs.accuracy.mean() * run.images), run.images)
         low, high = right.proportion_ci(method="wilson")
         row = {
@@ -392,25 +396,21 @@ def results_table(shown):
 
 
 def pairs_table(sides):
-    """Return a row for each two models at the same number of epochs that have seeds in common.
-
-    The interval is Wald's with half an image added to each of four cells (Agresti and Min, 2005)."""
-    rows, pairs = [], sides.merge(sides, on=["compared", "seed"], suffixes=("_a", "_b"))
+    """Return a row for each two models at the same number of epochs that have seeds in common."""
+    rows = []
+    pairs = sides.merge(sides, on=["compared", "seed"], suffixes=("_a", "_b"))
     for _, runs in pairs.query("place_a < place_b").groupby(["compared", "place_a", "place_b"]):
         run = runs.iloc[0]
-        n = len(run.right_a)
-        only_a, only_b = (run.right_a & ~run.right_b).sum(), (run.right_b & ~run.right_a).sum()
-        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1
-        middle = (only_b - only_a) / (n + 2)
-        half = norm.ppf(0.975) * math.sqrt(((only_a + only_b + 1) / (n + 2) - middle**2) / (n + 2))
+        only_a = sum(run.right_a & ~run.right_b)
+        only_b = sum(run.right_b & ~run.right_a)
+        different = only_a + only_b
+        p = binomtest(only_a, different).pvalue if different else 1
         row = {
             "A": run.title_a,
             "B": run.title_b,
             "Seed": run.seed,
             "Only A": only_a,
             "Only B": only_b,
-            "B - A (points)": f"{100 * (only_b - only_a) / n:+.2f}",
-            "95% interval": f"{100 * (middle - half):+.2f} to {100 * (middle + half):+.2f}",
             "p": f"{p:.2g}",
             "B - A, all seeds": mean_sd(100 * (runs.accuracy_b - runs.accuracy_a), 2),
         }
@@ -421,13 +421,15 @@ def pairs_table(sides):
 def classes_table(sides):
     """Return the F1 of the hardest classes, a column a model and number of epochs."""
     classes = sides.data.iloc[0]["classes"]
-    table = pd.DataFrame({"Class": classes})
     f1 = partial(f1_score, labels=range(len(classes)), average=None, zero_division=0)
+    table = pd.DataFrame(index=classes)
     for title, runs in sides.groupby("title", sort=False):
-        table[title] = np.mean(list(map(f1, runs.labels, runs.predicted)), axis=0).round(4)
+        of_seeds = list(map(f1, runs.labels, runs.predicted))
+        table[title] = np.mean(of_seeds, axis=0)
+    hardest = table.mean(axis=1).nsmallest(8).index
+    table = table.map("{:.4f}".format)
     table["Images"] = np.bincount(runs.labels.iloc[0], minlength=len(classes))
-    hardest = table.iloc[:, 1:-1].mean(axis=1).nsmallest(8).index
-    return markdown_table(table.loc[hardest])
+    return markdown_table(table.loc[hardest].reset_index(names="Class"))
 
 
 def rates_table(frame, sides):
@@ -441,25 +443,27 @@ def rates_table(frame, sides):
 
 def versions_list(frame):
     """Return what the runs were trained with, and the models whose scripts changed between their runs."""
-    lines, scripts = {}, {}
+    lines = []
+    scripts = {}
     for run in frame.itertuples():
         for found in run.config["environments"]:
             versions = ", ".join(map(" ".join, found["versions"].items()))
-            lines[f"- {found['device']}, precision {found['precision']}: {versions}"] = None
-        if scripts.setdefault(run.model, run.config["scripts"]) != run.config["scripts"]:
-            lines[f"- {run.model}: its scripts changed between its runs"] = None
-    return "\n".join(list(lines)[:5])
+            lines.append(f"- {found['device']}, precision {found['precision']}: {versions}")
+        first = scripts.setdefault(run.model, run.config["scripts"])
+        if first != run.config["scripts"]:
+            lines.append(f"- {run.model}: its scripts changed between its runs")
+    lines = list(dict.fromkeys(lines))  # each once
+    return "\n".join(lines[:5])
 
 
-def first_sections(frame, best, shown, out):
+def first_sections(frame, shown, out):
     """Return the report up to the profile."""
     models = longest(shown).drop_duplicates("model")
     is_cnn = models.features == "pixels"
     return f"""\
 # CNN against a linear probe on ViT-Tiny
 
-Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs. When it is made again, only \
-section 7 is kept. All runs with their figures: [runs.csv](runs.csv).
+Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data
 {data_section(frame)}
@@ -476,8 +480,6 @@ section 7 is kept. All runs with their figures: [runs.csv](runs.csv).
 
 ![Which layer? Validation accuracy by block](which-layer.png)
 
-{blocks_text(find_blocks(best))}
-
 ## 4 Profile
 {profile_section(out)}
 """
@@ -490,8 +492,7 @@ def comparison_section(frame, shown, left_out):
     mistakes = [f"![{title}](mistakes-{i}.png)" for i, title in enumerate(longest(sides).title.unique(), 1)]
     return f"""
 ## 5 Comparison
-- Accuracy, Macro-F1: on the {run.images:,} {SPLITS[run.split]} images; mean ± standard deviation over the seeds \
-(n - 1). Macro-F1 is the mean of the classes' F1, so a small class counts as much as a large one.
+- Accuracy, Macro-F1: on the {run.images:,} {run.split} images; mean ± sd over the seeds (n - 1).
 - Validation: accuracy in the best epoch. It chose the epoch, the learning rate and the schedule.
 - 95% interval: Wilson's, of the accuracy: what other images of the same kind could give.
 - Training: on augmented images, by weights that still change: it can be below validation. Seconds: features + training.
@@ -502,8 +503,8 @@ def comparison_section(frame, shown, left_out):
 
 ### Differences
 Only A, only B: images that only one of the two has right. p: McNemar's exact test, the probability of so uneven a \
-split if both were equally good; below 0.05 is usually called a difference. 95% interval: Agresti and Min's, of B - A; \
-if 0 is not in it, one is better (near p = 0.05 the two may disagree). Last column: mean over all common seeds.
+split if both were equally good; below 0.05 is usually called a difference. Last column: accuracy in points, mean over \
+the seeds that both have.
 
 {pairs_table(sides)}
 
@@ -528,7 +529,7 @@ Validation accuracy (%). More of them: `--lr 1e-3 5e-3 2e-2 --schedule cosine co
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs or models (all under runs/)")
+    parser.add_argument("runs", nargs="*", default=[common.RUNS_DIR], help="folders of runs or models (runs)")
     parser.add_argument("--out", type=Path, default=common.REPORT_DIR, help="folder to write to (report)")
     args = parser.parse_args()
     frame, left_out = read_runs(args.runs)
@@ -538,10 +539,11 @@ def main():
     shown = select(best)
     args.out.mkdir(parents=True, exist_ok=True)
     frame.loc[:, :"images"].to_csv(args.out / "runs.csv", index=False)
+
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 7 .*?(?=^## [78] |\Z)", old + ANSWERS, re.M | re.S)[0]
-    text = first_sections(frame, best, shown, args.out) + comparison_section(frame, shown, left_out[:5])
+    text = first_sections(frame, shown, args.out) + comparison_section(frame, shown, left_out[:5])
     matplotlib.rcParams["text.parse_math"] = False  # a class can be called $1
     drawn = set()
     try:

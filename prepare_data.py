@@ -39,9 +39,7 @@ from common import UserError, number
 ARCHIVE = Path(__file__).with_name("archive.zip")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-FORMS = (
-    "give a folder or a zip with a folder of images for each class, or the name of a data set of torchvision"
-)
+FORMS = "give a folder or a zip with a folder of images for each class, or the name of a torchvision data set"
 
 
 @dataclass

@@ -55,6 +55,8 @@ class CNN(nn.Module):
 
 def make_model(args, data):
     """Return the CNN for the data, with initial weights drawn from the seed."""
+    if 2 ** len(args.widths) > data.image_size:
+        raise common.UserError(f"--widths: too many, as each halves the {data.image_size} px: give fewer")
     pixels = data.pixels["train"]
     # Of each channel the number of pixels with each value: exact, and no float copy of all images.
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
@@ -162,10 +164,10 @@ def load_classifier(run):
     class name to probability, the most probable first. Raises UserError for a folder of another network, and for files
     that are no images."""
     config = common.read_json(Path(run) / "config.json")
-    channels, classes = config["data"]["channels"], config["data"]["classes"]
-    model = CNN(
-        len(classes), torch.zeros(channels), torch.ones(channels), config["options"].get("widths", ())
-    )
+    data = config["data"]
+    mean, std = torch.ones(2, data["channels"])  # until the weights are loaded
+    widths = config["options"].get("widths", ())  # a probe has none
+    model = CNN(len(data["classes"]), mean, std, widths)
     return common.make_classifier(run, config, model, predict_batch=model)
 
 

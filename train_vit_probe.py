@@ -209,9 +209,7 @@ def find_weights(named):
         return Path(hf_hub_download(*where))
     except Exception as error:  # the client's errors have no common base
         why = common.brief(error)
-        raise UserError(
-            f"{'/'.join(where)}: not to be had from the hub ({why}): give --weights FILE"
-        ) from None
+        raise UserError(f"{where[0]}: not to be had from the hub ({why}): give --weights FILE") from None
 
 
 def choose_backbone(accelerator, args):
@@ -392,12 +390,8 @@ def make_parser():
         help="what the linear layer sees, a run each: class (the last class token), last (with the mean of the "
         "last patch tokens), grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid) (class)",
     )
-    add(
-        "--views",
-        type=common.number(int, 0, 1000),
-        default=0,
-        help="augmented views of each training image, one an epoch in turn; 0: the plain image (0)",
-    )
+    count = common.number(int, 0, 1000)
+    add("--views", type=count, default=0, help="augmented views of each image, an epoch each; 0: plain (0)")
     add("--weights", help=f"file of {BACKBONE}'s weights (safetensors, or a checkpoint of timm's)")
     add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
     return parser

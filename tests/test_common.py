@@ -74,7 +74,7 @@ def test_crop_and_flip_gives_torchvisions_pixels(side, channels):
     """And beyond the box's outermost centres, where torchvision repeats the box's edge, the image's own (SciPy)."""
     images = torch.rand(60, channels, side, side, generator=common.generator("images"))
     boxes, flips = common.random_crops(60, side, 0.1, common.generator("boxes"))
-    result = common.crop_and_flip(images, boxes, flips)
+    result = common.crop_and_flip(images, common.crop_matrices(boxes, flips, side))
     for image, box, flip, ours in zip(images, boxes, flips, result):
         ours = v2.functional.horizontal_flip(ours) if flip else ours
         theirs = v2.functional.resized_crop(image, *box.tolist(), [side, side], antialias=False)
@@ -245,6 +245,15 @@ def test_images_are_upright_and_laid_on_white(tmp_path):
         assert (decoded.getpixel((0, 0)), decoded.getpixel((1, 1))) == (first, last)
     photo.save(tmp_path / "cut.png", exif=b"II*\0\x08\0\0\0\x05\0\x12")  # cut off
     assert (np.asarray(common.decode(tmp_path / "cut.png")) == np.asarray(photo)).all()
+
+
+def test_five_and_six_bits_a_channel_are_no_16_bit_image(tmp_path):
+    header = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66) + struct.pack(
+        "<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, *[0] * 5
+    )
+    masks, red = struct.pack("<III", 0xF800, 0x07E0, 0x001F), struct.pack("<H", 0xF800)
+    (tmp_path / "red.bmp").write_bytes(header + masks + 4 * red)
+    assert common.decode(tmp_path / "red.bmp").getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_images_that_would_be_read_wrong_are_named_five_at_most(root):

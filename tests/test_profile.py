@@ -98,7 +98,7 @@ def test_spans_hold_what_they_name(profiled):
 def test_a_mistake_is_one_line(small):
     assert_user_error(forked.run("profile_models.py", "--epochs", 0, cwd=small), "--epochs")
     # Of the process that measures.
-    assert_user_error(run_script("profile_models.py", cwd=small), "--batch-size 64", "from 2 to 6")
+    assert_user_error(run_script("profile_models.py", cwd=small), "--batch-size 64", "2 to 6")
 
 
 @needs_weights

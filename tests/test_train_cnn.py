@@ -228,3 +228,7 @@ def test_an_option_out_of_range_is_refused_in_one_line(options, capsys):
 def test_an_impossible_option_is_refused_in_one_line(folder, options):
     name, value = options.split()
     assert_user_error(start(folder, *SMALL, name, value), value)
+
+
+def test_layers_that_leave_nothing_of_an_image_are_refused_in_one_line(folder):
+    assert_user_error(start(folder, *SMALL, "--widths", *[2] * 7), "--widths", "px")
