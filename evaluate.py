@@ -352,7 +352,7 @@ def model_section(models, script):
         }
         rows.append(row)
     network = "\n".join(first["network"].splitlines()[:24])
-    options = [line for line in describe(first) if line.split()[0] in first["options"]]
+    options = [line for line in describe(first) if line.partition(" ")[0] in first["options"]]
     return f"""\
 ```
 {network}

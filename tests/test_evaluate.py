@@ -61,7 +61,7 @@ def write_run(model="CNN", epochs=2, lr=0.01, schedule="cosine", seed=0, feature
             print(json.dumps(line | {"val_accuracy": accuracy, "val_macro_f1": accuracy}), file=file)
     options = {"batch_size": 64, "crop_scale": 0.9, "no_flip": False, "seed": seed}
     config = {"model": model, "epochs": epochs, "lr": lr, "schedule": schedule, "seed": seed}
-    config |= {"features": features, "network": NETWORK, "optimizer": "AdamW (\n    eps: 1e-08\n)"}
+    config |= {"features": features, "network": NETWORK, "optimizer": "AdamW (\n    eps: 1e-08\n\n)"}
     config |= {"backbone": None, "parameters": 6000, "feature_seconds": 0.0, "environments": [ENVIRONMENT]}
     config["scripts"] = {"train.py": "1"}
     if features != "pixels":
