@@ -52,7 +52,7 @@ def generator(*key):
 
 
 # ---------------------------------------------------------------------------------------------- transforms
-# The largest aspect ratio of a crop; torchvision's 4/3 costs accuracy on clothes, upright and centred.
+# The largest aspect ratio of a crop; torchvision's 4/3 costs accuracy on upright, centred clothes.
 CROP_RATIO = 1.1
 
 
@@ -87,7 +87,7 @@ def crop_matrices(boxes, flips, side):
 
 
 def crop_and_flip(images, matrices):
-    """Enlarge a box of its own of each image (float [B, C, S, S]) to the image's size, and mirror it where asked."""
+    """Crop each image (float [B, C, S, S]) to its own box, resize that to S x S, and mirror it where drawn."""
     # torchvision's functions have one box for a whole batch (its issues 2929 and 8484).
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     # Beyond the image's edge its last pixels are repeated, as in any resizing.
@@ -111,7 +111,7 @@ class Images:
         self.drawn_epoch = None
 
     def plain(self, index):
-        """Resize and CenterCrop (stored images are square) of the images `index` int64 [B]."""
+        """Resize the images `index` int64 [B]; they were centre-cropped when they were read."""
         return resize(self.pixels[index] / 255, self.size)
 
     def augmented(self, index, epoch):
@@ -148,7 +148,7 @@ def image_files(folder):
 
 
 def decode(file):
-    """Read an image upright, as a PIL image of mode "L" or "RGB"; see-through pixels are laid on white.
+    """Read an image upright, as a PIL image of mode "L" or "RGB"; transparent pixels are laid on white.
 
     `file`: a path, a file object, a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged
     files, and for 16-bit and float images, whose values Pillow would cut off silently."""
@@ -174,7 +174,7 @@ def decode(file):
 
 
 def read_images(files, limit):
-    """Decode images by threads, each fitted at once, so that only a few are ever held whole.
+    """Decode images, shrinking each at once, so that only a few are in memory at full size.
 
     Squares of up to `limit` pixels stay as they are, others are scaled and centre-cropped to limit x limit. Returns
     PIL images, sizes (width, height) and hashes of the files' images. Raises one UserError for all unusable ones."""
@@ -246,8 +246,8 @@ def find_images(folder, classes):
 def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     """Decode an ImageFolder into memory, once; returns its Data. Raises UserError as the functions above.
 
-    Images are stored, grey where all training images are, at the training images' own side where all are squares of
-    one size up to `image_size`, else at `image_size`; where that is None, at their own side up to 64 px, else at 64."""
+    All splits are stored at one size: the training images' own if they are equal squares of at most `image_size` (64
+    where that is None), else that size. They are grey if all training images are."""
     side, classes = image_size or LARGEST_DEFAULT_SIZE, []
     pixels, labels, seen, passed_over = {}, {}, set(), Counter()
     description = {"path": data_dir, "counts": {}, "sha256": {}, "repeated": {}, "passed_over": passed_over}
@@ -280,7 +280,7 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
 
 
 def open_data(accelerator, args):
-    """Load the data that the options name, made first if they are the default's, and print what they are."""
+    """Load --data-dir (the default data are made if missing), print a summary, and check --batch-size."""
     with accelerator.local_main_process_first():
         if args.data_dir == DATA_DIR and not Path(DATA_DIR).exists():
             print(f"{DATA_DIR}/ is missing: making it from archive.zip", flush=True)
@@ -303,7 +303,7 @@ def open_data(accelerator, args):
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
     if n % batch_size:
-        lines.append(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of an epoch, by turns")
+        lines.append(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of each epoch")
     accelerator.print("\n".join(lines))
     return data
 
@@ -391,7 +391,7 @@ def learning_rates(args, steps, epoch):
 
 @torch.no_grad()
 def report_sanity_check(accelerator, model, batches):
-    """Print whether a model knows its few `batches` by heart; returns the exit code, 0 for yes, 1 for no."""
+    """Print whether a model has overfitted its few `batches`; returns the exit code, 0 for yes, 1 for no."""
     model.eval()
     logits = accelerator.gather(torch.cat([model(inputs) for inputs, _ in batches])).float().cpu()
     labels = accelerator.gather(torch.cat([labels for _, labels in batches])).cpu()
@@ -401,7 +401,7 @@ def report_sanity_check(accelerator, model, batches):
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
         f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
     )
-    accelerator.wait_for_everyone()  # another process may still be listening to this one
+    accelerator.wait_for_everyone()  # the others may still exchange data with this process
     return int(not passed)
 
 
@@ -414,7 +414,8 @@ def cli(main):
     """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
-    # Fewer rounds of the garbage collector, and none at the end: they take a second of a training.
+    # Fewer rounds of the garbage collector, over fewer objects: a second of a training.
+    gc.freeze()
     gc.set_threshold(100_000)
     code, message = 2, None
     try:
@@ -435,7 +436,6 @@ def cli(main):
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
         os._exit(code)
-    gc.freeze()
     sys.exit(code)
 
 
@@ -499,13 +499,13 @@ def each_run(args, *keys):
 
 
 def make_accelerator(mixed_precision=None):
-    """Return Accelerate's view of processes and device, by default bf16 if native; UserError for unfit settings."""
+    """Return an Accelerator, by default in bf16 where that is native. Raises UserError for unsupported settings."""
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a notebook's kernel remembers the last
+        AcceleratorState._reset_state(reset_partial_state=True)  # forget a notebook's earlier one
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")  # set by `accelerate launch`
     if (asked or world > 1) and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers set 1 where nothing was asked for, and a CPU run would train on one core.
@@ -606,13 +606,13 @@ def save_tensors(path, tensors, meta):
 
 # ---------------------------------------------------------------------------------------------- run folder
 SETTING = ("epochs", "lr", "schedule", "seed")  # options in the name of a run's folder
-# Options that make no other model: images and weights are told apart by their hashes.
+# Options that do not tell models apart; images and weights are told apart by their hashes.
 NO_PART_OF_MODEL = {*SETTING, "data_dir", "features", "mixed_precision", "name"}
 NO_PART_OF_MODEL |= {"no_pretrained", "resume", "sanity_check", "weights"}
 
 
 def model_name(args, parser, base):
-    """Return a run's model: --name, else `base`, the data folder and the options that are not at default."""
+    """Return the name of a run's model: --name, else `base`, the data folder and options that are not at default."""
     if args.name is not None:
         if not re.fullmatch(r"[^/\\.][^/\\]*", args.name):
             raise UserError(f"--name {args.name}: give the plain name of a folder in {RUNS_DIR}/")
@@ -665,8 +665,8 @@ def identity(config):
 def check_runs(accelerator, configs, resume):
     """Raise UserError unless all runs to come are new (or `resume`) and belong to their models.
 
-    A model's folder holds runs of one network, optimiser, backbone, images and options only, so nobody who averages
-    over it mixes different things. Runs without a checkpoint do not count."""
+    Runs in a model's folder share network, optimiser, backbone, images and options: all but SETTING, so averaging over
+    them is valid. Runs without a checkpoint are ignored."""
     for config in configs:
         if not resume and (run_folder(config) / "checkpoint.pt").exists():
             raise UserError(f"{run_folder(config)}: exists: --resume goes on, --name makes another model")
@@ -700,7 +700,7 @@ def log_epoch(writer, line, rates, losses, model):
 
 
 class Run:
-    """A run's folder: its checkpoint, TensorBoard's events, and the files made from the checkpoint, the only truth.
+    """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
     Where there is a checkpoint, its states are loaded into `model`, `optimizer` and `others` (a scheduler of yours).
     All processes read, the main process writes. Raises UserError where another process trains this run, and for a
@@ -731,7 +731,7 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, *error):
         for opened in filter(None, (self.writer, self.lock)):
             opened.close()
 
@@ -862,7 +862,8 @@ def lock_folder(path):
 def make_classifier(run, config, model, predict_batch):
     """Load a run's best weights into `model`; return a function from images to class probabilities.
 
-    `predict_batch` gives logits [B, classes] of images float32 [B, C, S, S], values 0 to 1, by the model."""
+    `predict_batch` gives logits [B, classes] of images float32 [B, C, S, S], values 0 to 1: the model, perhaps after a
+    backbone."""
     if repr(model) != config["network"]:
         raise UserError(f"{run}: is of another network: use the script that trained it")
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])

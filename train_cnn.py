@@ -38,7 +38,7 @@ class CNN(nn.Module):
         for width in widths:
             layers += [
                 nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
-                nn.MaxPool2d(2),  # before the normalisation, which it saves three quarters of its work
+                nn.MaxPool2d(2),  # before the normalisation, which so has a quarter of the work
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
@@ -146,7 +146,7 @@ def train(args, config, data, accelerator):
 
 
 def sanity_check(args, data, accelerator):
-    """Learn four batches by heart, without augmentation; returns the exit code, 0 if that works, else 1."""
+    """Overfit four batches, without augmentation; returns the exit code, 0 if that works, else 1."""
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
     args = argparse.Namespace(**vars(args) | plain)
     model, optimizer, batches, _ = prepare(args, data, accelerator)
@@ -195,7 +195,7 @@ def main():
     for one, config in zip(runs, configs):
         train(one, config, data, accelerator)
         accelerator.free_memory()  # or it keeps each model
-    accelerator.wait_for_everyone()  # another process may still be listening to this one
+    accelerator.wait_for_everyone()  # the others may still exchange data with this process
     return 0
 
 

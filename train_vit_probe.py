@@ -129,7 +129,7 @@ def train(args, config, data, features, accelerator):
 
 
 def sanity_check(args, data, features, accelerator):
-    """Learn four batches by heart; returns the exit code, 0 if that works, else 1."""
+    """Overfit four batches; returns the exit code, 0 if that works, else 1."""
     args = argparse.Namespace(**vars(args) | {"epochs": 60})
     model, optimizer, batches, _ = prepare(args, data, features, accelerator)
     few = list(itertools.islice(batches.epoch(0), 4))  # always the same
@@ -240,6 +240,7 @@ def load_vit(file, image_size):
     fit; it is loaded with its head, because only so does timm demand that nothing is missing."""
     import timm
 
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # older timm lets a pickle run code
     torch.manual_seed(common.key_seed("backbone"))
     overlay = {"file": str(file), "custom_load": False} if file else None  # not Google's own file format
     try:
@@ -443,7 +444,7 @@ def main():
         config["feature_seconds"] = round(seconds[one.features], 3)
         train(one, config, data, features[one.features], accelerator)
         accelerator.free_memory()  # or it keeps each model
-    accelerator.wait_for_everyone()  # another process may still be listening to this one
+    accelerator.wait_for_everyone()  # the others may still exchange data with this process
     return 0
 
 

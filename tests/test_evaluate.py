@@ -248,9 +248,8 @@ def test_what_a_reader_must_know_of_images_scripts_and_the_profile(run_main):
     rows = [{"Row": "CNN", "Step": "1.5"}, {"Row": "probe"}]
     Path("report/profile.json").write_text(json.dumps({"machine": "one", "rows": rows, "notes": ["a note"]}))
     assert run_main() == 0
-    assert (
-        "12 of 60 val images" in report() and "no test/" in report() and re.search("CNN: .*script", report())
-    )
+    assert "12 of 60 val images" in report() and "no test/" in report()
+    assert re.search("CNN: .*script", report())
     assert set(pd.read_csv("report/runs.csv").split) == {"val"}
     assert table("4 Profile") == [{"Row": "CNN", "Step": "1.5"}, {"Row": "probe", "Step": ""}]
 
