@@ -7,7 +7,6 @@ is a pure function of (seed, epoch) or (seed, epoch, image): a resumed run equal
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import io
 import itertools
@@ -414,9 +413,6 @@ def cli(main):
     """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
-    # Fewer rounds of the garbage collector, over fewer objects: a second of a training.
-    gc.freeze()
-    gc.set_threshold(100_000)
     code, message = 2, None
     try:
         code = main() or 0
