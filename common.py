@@ -76,7 +76,7 @@ def random_crops(n, side, scale, gen):
 def crop_matrices(boxes, flips, side):
     """Return what `random_crops` drew as matrices for F.affine_grid, float32 [n, 2, 3]."""
     top, left, height, width = boxes.float().unbind(1)
-    # Its coordinates go from -1 to 1 over the image; a negative scale mirrors.
+    # Its coordinates go from -1 to 1 over the image; a negative scale flips.
     matrices = torch.zeros(len(boxes), 2, 3)
     matrices[:, 0, 0] = torch.where(flips, -width, width) / side
     matrices[:, 0, 2] = (2 * left + width) / side - 1
@@ -86,7 +86,7 @@ def crop_matrices(boxes, flips, side):
 
 
 def crop_and_flip(images, matrices):
-    """Crop each image (float [B, C, S, S]) to its own box, resize that to S x S, and mirror it where drawn."""
+    """Crop each image (float [B, C, S, S]) to its own box, resize that to S x S, and flip it where drawn."""
     # torchvision's functions have one box for a whole batch (its issues 2929 and 8484).
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     # Beyond the image's edge its last pixels are repeated, as in any resizing.
@@ -129,12 +129,12 @@ class Images:
 
 # ------------------------------------------------------------------------------------------------- loaders
 def is_visible(name):
-    """Return False for hidden and system files and folders, which are no data."""
+    """Return False for hidden and system files and folders, which are not data."""
     return name[0] != "." and name not in SYSTEM_FOLDERS
 
 
 def image_files(folder):
-    """List the files below a folder: the images, and those whose suffix Pillow does not read."""
+    """Return the files below a folder as two lists: images, and files whose suffix Pillow does not read."""
     formats = Image.registered_extensions()
     readable = {suffix for suffix in formats if formats[suffix] in Image.OPEN}
     images, others = [], []
@@ -222,7 +222,7 @@ class Data:
 
 
 def find_images(folder, classes):
-    """List the image files of a split, the class of each, and the files that are passed over.
+    """Return the image files of a split, the class of each, and the files that are skipped.
 
     There are none in a test/ that is missing or has no class folders (Kaggle's has no labels), and it may lack
     classes. Raises UserError for another split without any, and for other classes than `classes`, those of train/."""
@@ -248,11 +248,11 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     All splits are stored at one size: the training images' own if they are equal squares of at most `image_size` (64
     where that is None), else that size. They are grey if all training images are."""
     side, classes = image_size or LARGEST_DEFAULT_SIZE, []
-    pixels, labels, seen, passed_over = {}, {}, set(), Counter()
-    description = {"path": data_dir, "counts": {}, "sha256": {}, "repeated": {}, "passed_over": passed_over}
+    pixels, labels, seen, skipped = {}, {}, set(), Counter()
+    description = {"path": data_dir, "counts": {}, "sha256": {}, "repeated": {}, "skipped": skipped}
     for name in splits:
         files, names, others = find_images(Path(data_dir, name), classes)
-        passed_over.update(path.suffix or path.name for path in others)
+        skipped.update(path.suffix or path.name for path in others)
         if not files:
             continue
         images, sizes, hashes = read_images(files, side)
@@ -292,8 +292,8 @@ def open_data(accelerator, args):
         f"{len(data.classes)} classes; images: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
         f"images of {width:g}x{height:g} px on average, trained at {data.image_size}x{data.image_size}",
     ]
-    for kind, n in data.description["passed_over"].items():
-        lines.append(f"passed over, outside class folders or not read by Pillow: {n} {kind}")
+    for kind, n in data.description["skipped"].items():
+        lines.append(f"skipped, outside class folders or not read by Pillow: {n} {kind}")
     for name in counts:
         if repeated[name]:
             lines.append(f"{repeated[name]} of {counts[name]:,} {name} images are in another split, too")
@@ -469,18 +469,18 @@ def training_parser(description, lr, batch_size, image_size):
     add = parser.add_argument
     positive = number(int, 1)
     add("--epochs", type=positive, default=10, help="passes over the training images (10)")
-    add("--batch-size", type=positive, default=batch_size, help=f"of all processes ({batch_size})")
+    add("--batch-size", type=positive, default=batch_size, help=f"images a step, in all ({batch_size})")
     add("--lr", type=number(float, 1e-10), nargs="+", default=[lr], help=f"peak rates, a run each ({lr})")
     add("--schedule", choices=SCHEDULES, nargs="+", default=["cosine"], help="a run each (cosine)")
     add("--seed", type=number(int, 0), nargs="+", default=[0], help="a run each (0)")
     add("--weight-decay", type=number(float, 0), default=0.05, help="the optimiser's (0.05)")
-    add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="share for all classes (0.1)")
+    add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="of the training targets (0.1)")
     add("--data-dir", default=DATA_DIR, help="folder with train/, val/ and, to report on, test/ (data)")
-    size = image_size or f"the images' own up to {LARGEST_DEFAULT_SIZE}, else that"
+    size = image_size or f"the images' own up to {LARGEST_DEFAULT_SIZE}, else {LARGEST_DEFAULT_SIZE}"
     add("--image-size", type=number(int, 8, 1024), default=image_size, help=f"pixels ({size})")
     add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="least area of a crop (0.9)")
-    add("--no-flip", action="store_true", help="never mirror images: for digits, letters, road signs")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="(the launcher's, else bf16 if native)")
+    add("--no-flip", action="store_true", help="never flip images: for digits, letters, road signs")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="(the launcher's, else bf16 where native)")
     add("--name", help="the model's name, in tables and as its folder in runs/")
     add("--resume", action="store_true", help="go on with stopped runs, and start those that are missing")
     add("--sanity-check", action="store_true", help="only overfit four batches: pass or FAIL")
@@ -502,8 +502,8 @@ def make_accelerator(mixed_precision=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # forget a notebook's earlier one
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")  # set by `accelerate launch`
-    if (asked or world > 1) and os.environ.get("OMP_NUM_THREADS") == "1":
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # set by `accelerate launch`
+    if (launched or world > 1) and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers set 1 where nothing was asked for, and a CPU run would train on one core.
         torch.set_num_threads(max(1, os.cpu_count() // world))
     cpu = not torch.accelerator.is_available()  # or two processes without a GPU do not find each other
@@ -511,7 +511,7 @@ def make_accelerator(mixed_precision=None):
     try:
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=mixed_precision or asked or ("bf16" if bf16 else "no"),
+            mixed_precision=mixed_precision or launched or ("bf16" if bf16 else "no"),
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
     except (ValueError, ImportError) as error:

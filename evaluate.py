@@ -142,9 +142,9 @@ def select(best):
     `place`, the model's, and `compared`: the number of epochs at which the run is compared with others, else 0."""
     models = best.drop_duplicates("model")
     kinds = models.features.str.rstrip("0123456789")  # pixels, class, last, grid
-    # The best of each kind come first: the variants of one never push out another.
-    ranked = models.assign(again=kinds.duplicated()).sort_values("again", kind="stable")
-    listed = ranked.model.tolist()[:MAX_MODELS]
+    # The best of each kind come first, the CNN before the probes: the variants of one never push out another.
+    ranked = models.assign(again=kinds.duplicated(), probe=kinds != "pixels")
+    listed = ranked.sort_values(["again", "probe"]).model.tolist()[:MAX_MODELS]
 
     own_best = best.epochs == best.groupby("model").epochs.transform("first")
     sides = best[best.model.isin(listed[:MAX_COMPARED])]

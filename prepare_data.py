@@ -65,8 +65,8 @@ def unpack(archive, folder):
         raise UserError(f"{archive}: {common.brief(error)}: unpack it, or {FORMS}") from None
 
 
-def read_folder(root, passed_over):
-    """Return the Items of a folder; count in `passed_over` what else is there."""
+def read_folder(root, skipped):
+    """Return the Items of a folder; count in `skipped` what else is there."""
     images, others = common.image_files(root)
     items, unsplit = [], []
     for file in images:
@@ -79,12 +79,12 @@ def read_folder(root, passed_over):
     if not items:
         folders = {item.label for item in unsplit}
         if len(folders) == 1:  # a top folder
-            return read_folder(root / folders.pop(), passed_over)
+            return read_folder(root / folders.pop(), skipped)
         if not all(name.lower() in SPLITS for name in folders):
             items = unsplit
-    passed_over["images outside of the class folders"] = len(images) - len(items)
+    skipped["images outside of the class folders"] = len(images) - len(items)
     for file in others:
-        passed_over[f"{file.suffix.lower() or file.name} (not read by Pillow)"] += 1
+        skipped[f"{file.suffix.lower() or file.name} (not read by Pillow)"] += 1
     return items
 
 
@@ -145,7 +145,7 @@ def set_keys(items, seed):
         return list(filter(None, results))
 
 
-def draw(items, labels, args, passed_over):
+def draw(items, labels, args, skipped):
     """Return the files to write, {"train/Bag/00035.png": item}, and the table, a row a class.
 
     Raises UserError for a class with too few images."""
@@ -158,7 +158,7 @@ def draw(items, labels, args, passed_over):
         if first is item or first.split == item.split != "train":
             groups[item.split, item.label].append(item)
         else:
-            passed_over["duplicates"] += 1
+            skipped["duplicates"] += 1
     splits = {item.split for item in items}
     files = {}
     rows = []
@@ -169,7 +169,7 @@ def draw(items, labels, args, passed_over):
             test, train = train[:count], train[count:]
         total = len(train) + len(val)
         limit = min(args.per_class, total)
-        passed_over["over --per-class"] += total - limit
+        skipped["over --per-class"] += total - limit
         count = round(limit * (len(val) / total if val else args.val_fraction))
         if "val" not in splits:
             val, train = train[:count], train[count:]
@@ -222,12 +222,12 @@ def write(out, files, seed):
 def prepare(args, temporary):
     """Read the source, draw the images, write them and print a table."""
     source = Path(args.source)
-    passed_over = Counter()
+    skipped = Counter()
     if source.is_dir():
-        items = read_folder(source, passed_over)
+        items = read_folder(source, skipped)
     elif source.exists():
         unpack(source, temporary)
-        items = read_folder(temporary, passed_over)
+        items = read_folder(temporary, skipped)
     else:
         items = read_dataset(args.source, args.root)
     classes = {item.label for item in items}
@@ -238,15 +238,15 @@ def prepare(args, temporary):
         raise UserError(f"{source}: has no classes {unknown}, but {sorted(classes)}: use --classes")
     items = [item for item in items if item.label in labels]
     errors = set_keys(items, args.seed)
-    passed_over["damaged or refused"] = len(errors)
+    skipped["damaged or refused"] = len(errors)
     if errors and not args.skip_bad:
         text = "; ".join(errors[:5]).replace(str(temporary), str(source))
         raise UserError(f"{text}: {len(errors)} in all: replace them or use --skip-bad")
-    files, rows = draw([item for item in items if item.key], labels, args, passed_over)
+    files, rows = draw([item for item in items if item.key], labels, args, skipped)
     write(Path(args.out).resolve(), files, args.seed)
     print(pandas.DataFrame(rows).to_string(index=False))
-    if reasons := [f"{count:,} {reason}" for reason, count in passed_over.items() if count]:
-        print(f"passed over: {', '.join(reasons)}")
+    if reasons := [f"{count:,} {reason}" for reason, count in skipped.items() if count]:
+        print(f"skipped: {', '.join(reasons)}")
 
 
 def main():

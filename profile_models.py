@@ -36,7 +36,7 @@ ROWS = {
 TRACES = Path("profile")
 NOTES = [
     "Step time: median and 90th percentile after a warm-up, without the profiler.",
-    "Waiting for data: share of a step until its batch is there, cropped and mirrored.",
+    "Waiting for data: share of a step until its batch is there, cropped and flipped.",
     "Peak memory: the most at once, on a GPU by torch.cuda.max_memory_allocated, else of the process.",
     "Before training: what libraries, images and the model had needed of that before the first step.",
     "MFLOPs: of a forward pass of one image, 2 for a multiply-add (torch.utils.flop_counter).",

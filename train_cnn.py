@@ -175,7 +175,7 @@ def make_parser():
     parser = common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=None)
     width = common.number(int, 1)
     add = parser.add_argument
-    add("--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each convolution")
+    add("--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each layer (32 64 128)")
     return parser
 
 

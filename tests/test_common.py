@@ -286,7 +286,7 @@ def test_hidden_and_system_files_are_no_images_and_others_are_said(root, capsys)
     args = Namespace(data_dir=str(root), image_size=None, batch_size=4)
     data = common.open_data(common.make_accelerator("no"), args)
     assert len(data.classes) == 3 and torch.equal(data.pixels["train"], before)
-    assert data.description["passed_over"] == {".jpg": 1, ".txt": 1, ".xyz": 1}
+    assert data.description["skipped"] == {".jpg": 1, ".txt": 1, ".xyz": 1}
     assert data.description["repeated"] == {"train": 0, "val": 1, "test": 2}
     said = capsys.readouterr().out
     parts = ["9 train, 7 val, 8 test", "28x28", ".jpg", ".txt", ".xyz", "1 of 7 val", "2 of 8 test"]

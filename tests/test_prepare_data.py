@@ -272,7 +272,7 @@ def test_equal_images_stand_in_one_split_only(prepare, tmp_path):
     assert len(where) == 36 and len(data) == 37 and "3 duplicates" in result.stdout
 
 
-def test_what_is_passed_over_is_said(prepare, tmp_path):
+def test_what_is_skipped_is_said(prepare, tmp_path):
     files = {f"train/{name}": data for name, data in CAT_DOG.items()} | images(5, "test", start=50)
     files |= {"train/cat/a.txt": b"", "train/dog/b.TXT": b"", "x.csv": b"", "loose.png": saved(99)}
     result = prepare("--source", write(tmp_path / "s", files))
