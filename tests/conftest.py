@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,14 @@ def assert_user_error(result, *parts):
     assert result.returncode == 2 and len(lines) == 1, (result.returncode, result.stdout, result.stderr)
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder whose data/ are 48 + 15 + 15 grey images of 12 px, 3 classes."""
+    folder = tmp_path_factory.mktemp("small")
+    forked.make_images(folder / "data", side=12)
+    return folder
 
 
 @pytest.fixture(scope="session")

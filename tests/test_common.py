@@ -247,15 +247,6 @@ def test_images_are_upright_and_laid_on_white(tmp_path):
     assert (np.asarray(common.decode(tmp_path / "cut.png")) == np.asarray(photo)).all()
 
 
-def test_five_and_six_bits_a_channel_are_no_16_bit_image(tmp_path):
-    header = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66) + struct.pack(
-        "<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, *[0] * 5
-    )
-    masks, red = struct.pack("<III", 0xF800, 0x07E0, 0x001F), struct.pack("<H", 0xF800)
-    (tmp_path / "red.bmp").write_bytes(header + masks + 4 * red)
-    assert common.decode(tmp_path / "red.bmp").getpixel((1, 1)) == (255, 0, 0)
-
-
 def test_images_that_would_be_read_wrong_are_named_five_at_most(root):
     folder = root / "val" / "class1"
     noise(64).save(folder / "cut.jpg")

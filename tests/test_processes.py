@@ -126,12 +126,8 @@ def test_a_setting_that_cannot_be_followed_is_refused(env, part, workdir):
     assert not (workdir / "runs").exists()
 
 
-MISTAKES = [
-    "--batch-size 15",
-    "--batch-size 2",  # one image for each process
-    "--data-dir nowhere",
-    "--lr 1000 --schedule constant --epochs 40",
-]
+MISTAKES = ["--batch-size 15", "--batch-size 2", "--data-dir nowhere"]  # 2: one image for each process
+MISTAKES += ["--lr 1000 --schedule constant --epochs 40"]
 
 
 @pytest.mark.parametrize("options", MISTAKES)

@@ -246,10 +246,9 @@ def test_a_killed_sweep_is_resumed_on_a_disk_without_locks(whole, life):
     ended = resume(whole, life, *sweep, hook=no_locks)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
     assert ended.stdout.count("already complete") == 1
+    names = [f"e3-lr{lr}-cosine-s{seed}" for lr in (0.01, 0.1) for seed in (0, 1)]
     runs = run_folders(life)
-    assert [run.name for run in runs] == [
-        f"e3-lr{lr}-cosine-s{seed}" for lr in (0.01, 0.1) for seed in (0, 1)
-    ]
+    assert [run.name for run in runs] == names
     assert result(runs[0]) == whole.result
 
 

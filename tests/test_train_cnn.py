@@ -35,14 +35,6 @@ def train(folder, *args):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder whose data/ are 48 + 15 + 15 grey images of 12 px, 3 classes."""
-    folder = tmp_path_factory.mktemp("cnn")
-    forked.make_images(folder / "data", side=12)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def sweep(folder):
     return train(folder, *SMALL, "--lr", 1e-2, 1e-3, "--seed", 0, 3, 0)
 

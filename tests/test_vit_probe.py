@@ -34,14 +34,6 @@ def train(folder, *args, **more):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder whose data/ are 48 + 15 + 15 grey images of 12 px, 3 classes."""
-    folder = tmp_path_factory.mktemp("probe")
-    forked.make_images(folder / "data", side=12)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def runs(folder):
     return train(folder, *RANDOM, "--features", *CHOICES)
 
