@@ -154,7 +154,8 @@ def select(best):
     compared = own_best * 1  # where no number is shared, each stands at its own best
     if len(shared):
         compared = best.epochs.where(best.epochs.isin([min(shared), max(shared)]), 0)
-    shown = best.assign(compared=compared)[best.model.isin(listed) & (own_best | (compared > 0))]
+    is_shown = best.model.isin(listed) & (own_best | (compared > 0))
+    shown = best.assign(compared=compared)[is_shown]
     shown = shown.assign(place=shown.model.map(listed.index))
     shown.loc[shown.place >= MAX_COMPARED, "compared"] = 0
     return shown.sort_values(["epochs", "place", "seed"])
@@ -437,7 +438,8 @@ def rates_table(frame, sides):
     tried = frame[frame.title.isin(sides.title)]
     columns = tried.schedule + " " + tried.lr.map("{:g}".format)
     percent = 100 * tried.val_accuracy
-    table = percent.groupby([tried.title, columns]).agg(mean_sd, 2).unstack(fill_value="")
+    groups = percent.groupby([tried.title, columns])
+    table = groups.agg(mean_sd, 2).unstack(fill_value="")
     return markdown_table(table.reset_index(names="Model"))
 
 
@@ -543,7 +545,8 @@ def main():
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 7 .*?(?=^## [78] |\Z)", old + ANSWERS, re.M | re.S)[0]
-    text = first_sections(frame, shown, args.out) + comparison_section(frame, shown, left_out[:5])
+    text = first_sections(frame, shown, args.out)
+    text += comparison_section(frame, shown, left_out[:5])
     matplotlib.rcParams["text.parse_math"] = False  # a class can be called $1
     drawn = set()
     try:

@@ -148,7 +148,8 @@ def train(args, config, data, accelerator):
 def sanity_check(args, data, accelerator):
     """Overfit four batches, without augmentation; returns the exit code, 0 if that works, else 1."""
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
-    args = argparse.Namespace(**vars(args) | plain)
+    options = vars(args) | plain
+    args = argparse.Namespace(**options)
     model, optimizer, batches, _ = prepare(args, data, accelerator)
     few = list(itertools.islice(batches.epoch(0), 4))  # always the same
     for epoch in tqdm(range(args.epochs), "sanity check", leave=False, disable=None):
