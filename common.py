@@ -663,9 +663,6 @@ def check_runs(accelerator, configs, resume):
 
     Runs in a model's folder share network, optimiser, backbone, images and options: all but SETTING, so averaging over
     them is valid. Runs without a checkpoint are ignored."""
-    for config in configs:
-        if not resume and (run_folder(config) / "checkpoint.pt").exists():
-            raise UserError(f"{run_folder(config)}: exists: --resume goes on, --name makes another model")
     for config in {config["model"]: config for config in configs}.values():
         folder, new, changed = RUNS_DIR / config["model"], identity(config), set()
         for checkpoint in sorted(folder.glob("*/checkpoint.pt")):
@@ -677,6 +674,9 @@ def check_runs(accelerator, configs, resume):
         if changed:
             names = ", ".join(sorted(changed))
             accelerator.print(f"{folder}: changed since: {names}; --name if results can differ")
+    for config in configs:
+        if not resume and (run_folder(config) / "checkpoint.pt").exists():
+            raise UserError(f"{run_folder(config)}: exists: --resume goes on, --name makes another model")
 
 
 def log_epoch(writer, line, rates, losses, model):

@@ -460,7 +460,7 @@ def versions_list(frame):
 
 def first_sections(frame, shown, out):
     """Return the report up to the profile."""
-    models = longest(shown).drop_duplicates("model")
+    models = longest(shown).drop_duplicates("model").sort_values("model")
     is_cnn = models.features == "pixels"
     return f"""\
 # CNN against a linear probe on ViT-Tiny
