@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -190,9 +190,9 @@ def read_images(files, limit):
         return image, size, pixel_hash
 
     large = isinstance(files[0], Path) and files[0].stat().st_size > 20_000
-    with ThreadPool(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Threads that read small files would only wait for one another, for Python's lock.
-        results = pool.imap(read, files, chunksize=8) if large else map(read, files)
+        results = pool.map(read, files) if large else map(read, files)
         results = list(tqdm(results, "reading", len(files), leave=False, delay=1, disable=None))
     errors = [result for result in results if isinstance(result, str)]
     if errors:
