@@ -133,14 +133,35 @@ def is_visible(name):
     return name[0] != "." and name not in SYSTEM_FOLDERS
 
 
+def walk(root):
+    """Yield each folder in and below `root`, a Path, with the sorted names of its visible files.
+
+    Links are followed, but each real folder comes once, by its own name where it has one below `root`: a link to a
+    parent folder would never end. Raises OSError for a folder that may not be read."""
+
+    def fail(error):
+        raise error  # os.walk would leave the folder out without a word
+
+    seen, roots = set(), [Path(root)]
+    for start in roots:  # which grows
+        for here, folders, names in os.walk(start, onerror=fail):
+            real = os.path.realpath(here)
+            folders[:] = sorted(filter(is_visible, folders))
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            roots += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
+            yield Path(here), sorted(filter(is_visible, names))
+
+
 def image_files(folder):
     """Return the files below a folder as two lists: images, and files whose suffix Pillow does not read."""
     formats = Image.registered_extensions()
     readable = {suffix for suffix in formats if formats[suffix] in Image.OPEN}
     images, others = [], []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = filter(is_visible, folders)
-        for path in (Path(here, name) for name in filter(is_visible, names)):
+    for here, names in walk(folder):
+        for path in (here / name for name in names):
             (images if path.suffix.lower() in readable else others).append(path)
     # As text, because Path itself sorts otherwise on Windows than elsewhere.
     return sorted(images, key=Path.as_posix), others
@@ -226,7 +247,7 @@ def find_images(folder, classes):
 
     There are none in a test/ that is missing or has no class folders (Kaggle's has no labels), and it may lack
     classes. Raises UserError for another split without any, and for other classes than `classes`, those of train/."""
-    images, others = image_files(folder)
+    images, others = image_files(folder) if folder.is_dir() else ([], [])
     files = [path for path in images if path.parent != folder]
     others += [path for path in images if path.parent == folder]
     names = [path.relative_to(folder).parts[0] for path in files]
