@@ -1,9 +1,10 @@
-"""What the scripts share: seeding, transforms, loaders, metrics, then options, files and the run folder.
+"""What the scripts share: seeding, transforms, loaders, metrics; then learning rates, options, files, the run folder.
 
 Read train_cnn.py first; this file is for looking things up. The way of an image: a file -> one uint8 tensor of the
-whole split in memory -> batches of indices from a DataLoader, which Accelerate shards over the processes -> crops,
-flips and resizing of the whole batch on the device -> the model, which normalises its own input. Every random number
-is a pure function of (seed, epoch) or (seed, epoch, image): a resumed run equals an uninterrupted one, bit for bit."""
+whole split in memory -> an ImageDataset, which gives a whole batch at once, cropped, flipped and resized on the device
+-> a DataLoader, which has the order, and which Accelerate shards over the processes -> the model, which normalises its
+own input. Every random number is a pure function of (seed, epoch) or (seed, epoch, image): a resumed run equals an
+uninterrupted one, bit for bit."""
 
 import argparse
 import contextlib
@@ -16,6 +17,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -39,9 +41,15 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
 LARGEST_DEFAULT_SIZE = 64  # px, for larger images where --image-size is not given
 
 
+class UserError(Exception):
+    """A mistake in what the user gave: one line that says what is wrong, where, and what to do."""
+
+
 # ------------------------------------------------------------------------------------------------- seeding
 def key_seed(*key):
     """Return a 63-bit seed that is a pure function of `key` (numbers and strings)."""
+    # Hashed, because neighbours such as seed + epoch would give seed 1 what seed 0 had an epoch later. Python's own
+    # generator hashes a text (SHA-512); hash() would differ from process to process.
     return random.Random(repr(key)).getrandbits(63)
 
 
@@ -51,17 +59,30 @@ def generator(*key):
 
 
 # ---------------------------------------------------------------------------------------------- transforms
+# What this section does to the images of a split is, by torchvision's names:
+#
+#     train = Compose([
+#         RandomResizedCrop(size, scale=(crop_scale, 1), ratio=(1 / CROP_RATIO, CROP_RATIO)),
+#         RandomHorizontalFlip(p=0.5),                               # not with --no-flip
+#         ToTensor(),                                                # values 0 to 1
+#         Normalize(mean, std),                                      # here the model's first step
+#     ])
+#     val = test = Compose([Resize(side), CenterCrop(side), Resize(size), ToTensor(), Normalize(mean, std)])
+#
+# torchvision's classes are not used, because on a batch they draw one box and one flip for all its images (its issues
+# 2929 and 8484), and image by image they take 46 times as long (results/speed.md).
+
 # The largest aspect ratio of a crop; torchvision's 4/3 costs accuracy on upright, centred clothes.
 CROP_RATIO = 1.1
 
 
-def random_crops(n, side, scale, gen):
-    """Draw a crop and a flip for each of `n` square images of `side` pixels, by the generator `gen`.
+def random_resized_crop(n, side, scale, gen):
+    """Return a box for each of `n` square images of `side` pixels, drawn as torchvision's RandomResizedCrop does.
 
-    As torchvision's RandomResizedCrop: the area is uniform in [scale, 1] of the image, the aspect ratio log-uniform in
-    [1 / CROP_RATIO, CROP_RATIO], here narrowed where such a box would not fit, so that area 1 is the whole image.
-    Returns boxes int64 [n, 4] in pixels (top, left, height, width), and flips bool [n]."""
-    u = torch.rand(5, n, generator=gen, dtype=torch.float64)
+    The area is uniform in [scale, 1] of the image, the aspect ratio log-uniform in [1 / CROP_RATIO, CROP_RATIO], here
+    narrowed where such a box would not fit, so that area 1 is the whole image. `gen`: a torch.Generator. Boxes are
+    int64 [n, 4] in pixels: top, left, height, width."""
+    u = torch.rand(4, n, generator=gen, dtype=torch.float64)
     area = scale + (1 - scale) * u[0]
     largest = (-area.log()).clamp(max=math.log(CROP_RATIO))
     aspect = torch.exp(largest * (2 * u[1] - 1))
@@ -70,13 +91,21 @@ def random_crops(n, side, scale, gen):
     # A corner is uniform among the whole pixels at which the box still fits.
     top = (u[2] * (side - height + 1)).floor()
     left = (u[3] * (side - width + 1)).floor()
-    return torch.stack([top, left, height, width], 1).long(), u[4] < 0.5
+    return torch.stack([top, left, height, width], 1).long()
+
+
+def random_horizontal_flip(n, probability, gen):
+    """Return for each of `n` images whether it is flipped, bool [n]."""
+    return torch.rand(n, generator=gen, dtype=torch.float64) < probability
 
 
 def crop_matrices(boxes, flips, side):
-    """Return what `random_crops` drew as matrices for F.affine_grid, float32 [n, 2, 3]."""
+    """Return boxes and flips as matrices for F.affine_grid, float32 [n, 2, 3].
+
+    A matrix maps a place (x, y, 1) in the result to the place in the image whose pixel comes there; x and y go from -1
+    (left, top) to 1. So [[1, 0, 0], [0, 1, 0]] is the identity, [[-1, 0, 0], [0, 1, 0]] a horizontal flip, and
+    [[0.5, 0, -0.5], [0, 1, 0]] the image's left half, stretched to its whole width."""
     top, left, height, width = boxes.float().unbind(1)
-    # Its coordinates go from -1 to 1 over the image; a negative scale flips.
     matrices = torch.zeros(len(boxes), 2, 3)
     matrices[:, 0, 0] = torch.where(flips, -width, width) / side
     matrices[:, 0, 2] = (2 * left + width) / side - 1
@@ -87,7 +116,6 @@ def crop_matrices(boxes, flips, side):
 
 def crop_and_flip(images, matrices):
     """Crop each image (float [B, C, S, S]) to its own box, resize that to S x S, and flip it where drawn."""
-    # torchvision's functions have one box for a whole batch (its issues 2929 and 8484).
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     # Beyond the image's edge its last pixels are repeated, as in any resizing.
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -99,32 +127,6 @@ def resize(images, size):
         return images
     resized = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return resized.clamp(0, 1)  # the filter overshoots at edges
-
-
-class Images:
-    """The images of a split as a model takes them: float32 [B, C, size, size], values 0 to 1."""
-
-    def __init__(self, pixels, options, size):
-        self.pixels, self.size = pixels, size  # uint8 [N, C, S, S], on the device
-        self.options = options  # a dict with crop_scale, no_flip and seed
-        self.drawn_epoch = None
-
-    def plain(self, index):
-        """Resize the images `index` int64 [B]; they were centre-cropped when they were read."""
-        return resize(self.pixels[index] / 255, self.size)
-
-    def augmented(self, index, epoch):
-        """RandomResizedCrop and RandomHorizontalFlip, always the same for an image and epoch."""
-        if epoch != self.drawn_epoch:
-            # All draws of an epoch at once, so that they depend on neither batches nor processes.
-            gen = generator(self.options["seed"], "augment", epoch)
-            n, _, _, side = self.pixels.shape
-            boxes, flips = random_crops(n, side, self.options["crop_scale"], gen)
-            flips &= not self.options["no_flip"]
-            self.matrices = crop_matrices(boxes, flips, side).to(self.pixels.device)
-            self.drawn_epoch = epoch
-        images = crop_and_flip(self.pixels[index] / 255, self.matrices[index])
-        return resize(images, self.size)
 
 
 # ------------------------------------------------------------------------------------------------- loaders
@@ -202,8 +204,10 @@ def read_images(files, limit):
     def read(file):
         try:
             image = decode(file)
+            if 0 in image.size:
+                raise ValueError("has no pixels")
         except ValueError as error:
-            return f"{file if isinstance(file, str | Path) else type(file).__name__}: {error}"
+            return f"{file if isinstance(file, str | Path) else type(file)}: {error}"
         size = image.size
         pixel_hash = hashlib.sha256(f"{image.mode} {size}".encode() + image.tobytes()).digest()
         if not image.width == image.height <= limit:
@@ -217,18 +221,17 @@ def read_images(files, limit):
         results = list(tqdm(results, "reading", len(files), leave=False, delay=1, disable=None))
     errors = [result for result in results if isinstance(result, str)]
     if errors:
-        raise UserError(f"{len(errors)} unusable image(s): {'; '.join(errors[:5])}: remove or replace them")
+        remedy = "replace them, or leave them out by prepare_data.py --source ... --skip-bad"
+        raise UserError(f"{len(errors)} unusable image(s): {'; '.join(errors[:5])}: {remedy}")
     return map(list, zip(*results))
 
 
 def stack_images(images, side, channels):
     """Join PIL images of `read_images` to uint8 [N, channels, side, side], enlarging smaller ones."""
     mode = "L" if channels == 1 else "RGB"
-    pixels = np.empty((len(images), side, side, channels), np.uint8)
-    for i, image in enumerate(images):
-        fitted = image.convert(mode).resize((side, side), Image.Resampling.BICUBIC)
-        pixels[i] = np.asarray(fitted).reshape(side, side, channels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    fitted = [image.convert(mode).resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    pixels = torch.from_numpy(np.stack(fitted))
+    return pixels.view(-1, side, side, channels).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass
@@ -253,14 +256,24 @@ def find_images(folder, classes):
     names = [path.relative_to(folder).parts[0] for path in files]
     if not files and folder.name != "test":
         raise UserError(
-            f"{folder}: no class folders with images (there: {sorted(path.name for path in folder.parent.glob('*'))}): "
-            "train/ and val/ need a folder of images for each class; prepare_data.py --source makes them"
+            f"{folder}: no class folders with images ({list_suffixes(count_suffixes(others)) or 'no files'}): train/ "
+            "and val/ need a folder of images for each class; prepare_data.py --source makes them"
         )
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
     if different:
-        names = ", ".join(sorted(different))
+        names = ", ".join(sorted(different)[:5])
         raise UserError(f"{folder}: has not the classes of train/: {names}: add, rename or remove them")
     return files, names, others
+
+
+def count_suffixes(files):
+    """Return a Counter of files by suffix, such as {".heic": 12}."""
+    return Counter(path.suffix.lower() or "without a suffix" for path in files)
+
+
+def list_suffixes(counts):
+    """Return what `count_suffixes` counted in words, the five most frequent: "12 .heic, 3 without a suffix"."""
+    return ", ".join(f"{n:,} {suffix}" for suffix, n in Counter(counts).most_common(5))
 
 
 def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
@@ -268,12 +281,14 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
 
     All splits are stored at one size: the training images' own if they are equal squares of at most `image_size` (64
     where that is None), else that size. They are grey if all training images are."""
+    if not Path(data_dir).is_dir():
+        raise UserError(f"{data_dir}: no such folder: give --data-dir a folder with train/ and val/")
     side, classes = image_size or LARGEST_DEFAULT_SIZE, []
     pixels, labels, seen, skipped = {}, {}, set(), Counter()
     description = {"path": data_dir, "counts": {}, "sha256": {}, "repeated": {}, "skipped": skipped}
     for name in splits:
         files, names, others = find_images(Path(data_dir, name), classes)
-        skipped.update(path.suffix or path.name for path in others)
+        skipped.update(count_suffixes(others))
         if not files:
             continue
         images, sizes, hashes = read_images(files, side)
@@ -294,6 +309,8 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
         seen.update(hashes)
     if len(classes) < 2:
         raise UserError(f"{data_dir}/train: one class ({classes[0]}): at least two are needed")
+    least, most = pixels["train"].flatten(2).aminmax(dim=2)
+    description["single_colour"] = (least == most).all(1).sum().item()
     image_size = image_size or side
     description |= {"classes": classes, "channels": channels, "side": side, "image_size": image_size}
     return Data(pixels, labels, classes, image_size, description)
@@ -303,22 +320,32 @@ def open_data(accelerator, args):
     """Load --data-dir (the default data are made if missing), print a summary, and check --batch-size."""
     with accelerator.local_main_process_first():
         if args.data_dir == DATA_DIR and not Path(DATA_DIR).exists():
+            script = HERE / "prepare_data.py"
+            if not script.exists():
+                raise UserError(
+                    f"{DATA_DIR}/: no such folder, and no prepare_data.py to make it: give --data-dir"
+                )
             print(f"{DATA_DIR}/ is missing: making it from archive.zip", flush=True)
-            if subprocess.run([sys.executable, HERE / "prepare_data.py"]).returncode:
+            if subprocess.run([sys.executable, script]).returncode:
                 raise UserError(f"{DATA_DIR}/: could not be made: give --data-dir")
     data = load_data(args.data_dir, args.image_size)
-    counts, repeated = data.description["counts"], data.description["repeated"]
-    width, height = data.description["mean_size"]
+    about = data.description
+    counts = about["counts"]
+    width, height = about["mean_size"]
     lines = [
         f"{len(data.classes)} classes; images: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
         f"images of {width:g}x{height:g} px on average, trained at {data.image_size}x{data.image_size}",
     ]
-    for kind, n in data.description["skipped"].items():
-        lines.append(f"skipped, outside class folders or not read by Pillow: {n} {kind}")
-    for name in counts:
-        if repeated[name]:
-            lines.append(f"{repeated[name]} of {counts[name]:,} {name} images are in another split, too")
+    if about["skipped"]:
+        lines.append(
+            f"skipped, outside class folders or not read by Pillow: {list_suffixes(about['skipped'])}"
+        )
+    for name, n in about["repeated"].items():
+        if n:
+            lines.append(f"{n} of {counts[name]:,} {name} images are in another split, too")
     n, batch_size, processes = counts["train"], args.batch_size, accelerator.num_processes
+    if about["single_colour"]:
+        lines.append(f"{about['single_colour']:,} of {n:,} train images have a single colour: look at them")
     # Batch normalisation needs two images in each process.
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
@@ -328,40 +355,73 @@ def open_data(accelerator, args):
     return data
 
 
-class Batches:
-    """The training batches of a run: this process's share of each, on the device."""
+class ImageDataset(torch.utils.data.Dataset):
+    """The images of a split in memory, as a model takes them: float32 [C, size, size], values 0 to 1; and labels.
 
-    def __init__(self, accelerator, inputs, labels, batch_size, seed):
-        self.inputs = inputs  # a function of indices int64 [B] and the epoch, that gives the model's inputs
-        self.labels = labels  # int64 [N]
-        self.seed, self.order = seed, torch.Generator()
-        settings = {"shuffle": True, "generator": self.order, "drop_last": True, "collate_fn": torch.tensor}
-        loader = DataLoader(range(len(labels)), batch_size, **settings)
-        self.loader = accelerator.prepare(loader)
-        self.quiet = not accelerator.is_main_process or None  # None: quiet where there is no terminal
+    `pixels` uint8 [N, C, S, S] and `labels` int64 [N] lie on the device. `crop_scale`: least area of a random crop;
+    None: plain images, which were centre-cropped when they were read. A DataLoader asks for a whole batch at once."""
+
+    def __init__(self, pixels, labels, size, crop_scale=None, no_flip=False, seed=0):
+        self.pixels, self.labels, self.size = pixels, labels, size
+        self.crop_scale, self.no_flip, self.seed = crop_scale, no_flip, seed
+        self.order = torch.Generator()  # of the DataLoader that shuffles
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.labels)
 
-    def epoch(self, epoch):
-        """Yield (inputs, labels) of each batch of an epoch, counted from 0."""
-        # Accelerate's own seedable sampler would give seed 1 what seed 0 had an epoch later.
+    def start_epoch(self, epoch):
+        """Draw the order of an epoch, counted from 0, and the crops and flips: functions of seed and epoch."""
+        # Not called set_epoch: Accelerate calls a method of that name itself, with the number of its own passes.
         self.order.manual_seed(key_seed(self.seed, "order", epoch))
-        for index in tqdm(self.loader, "training", leave=False, delay=1, disable=self.quiet):
-            yield self.inputs(index, epoch), self.labels[index]
+        if self.crop_scale is not None:
+            # All draws of an epoch at once, so that they depend on neither batches nor processes.
+            gen = generator(self.seed, "augment", epoch)
+            n, _, _, side = self.pixels.shape
+            boxes = random_resized_crop(n, side, self.crop_scale, gen)
+            flips = random_horizontal_flip(n, 0.0 if self.no_flip else 0.5, gen)
+            self.matrices = crop_matrices(boxes, flips, side).to(self.pixels.device)
+
+    def __getitems__(self, indices):
+        """Return the images [B, C, size, size] and labels [B] of a list of indices: what a DataLoader calls."""
+        index = torch.tensor(indices, device=self.pixels.device)
+        images = self.pixels[index] / 255
+        if self.crop_scale is not None:
+            images = crop_and_flip(images, self.matrices[index])
+        return resize(images, self.size), self.labels[index]
+
+    def __getitem__(self, i):
+        """Return one image and its label, to look at."""
+        images, labels = self.__getitems__([i])
+        return images[0], labels[0]
+
+
+def whole(batch):
+    """Return a batch as it is: the data sets give whole batches, so there is nothing for a DataLoader to collate."""
+    return batch
+
+
+def training_loader(accelerator, data, batch_size):
+    """Return the DataLoader of the training images, shuffled by the data set's own generator.
+
+    `batch_size` is that of all processes together: Accelerate gives each its share of every batch. The last images of
+    an epoch are left out where they fill no batch."""
+    settings = {"shuffle": True, "generator": data.order, "drop_last": True, "collate_fn": whole}
+    return accelerator.prepare(DataLoader(data, batch_size, **settings))
+
+
+def evaluation_loader(accelerator, data, batch_size=256):
+    """Return a DataLoader that gives each image once, in order; `batch_size` is that of one process."""
+    return accelerator.prepare(DataLoader(data, batch_size * accelerator.num_processes, collate_fn=whole))
 
 
 @torch.no_grad()
-def predict(accelerator, model, inputs, n, batch_size=256):
-    """Return what `model`, in eval mode, gives for the examples 0 to n - 1, each once: float [n, ...] on the CPU."""
-    # `inputs(index)` gives its inputs of int64 indices [B], B at most `batch_size`; the processes share the work.
-    total = batch_size * accelerator.num_processes
-    loader = accelerator.prepare(DataLoader(range(n), total, collate_fn=torch.tensor))
+def predict(accelerator, model, loader):
+    """Return what `model`, in eval mode, gives for all of an `evaluation_loader`: float [N, ...] on the CPU."""
     model.eval()
     outputs = []
-    for index in loader:
-        # The last batch is filled up for the processes; gather_for_metrics drops that again.
-        outputs.append(accelerator.gather_for_metrics(model(inputs(index)).contiguous()))
+    for inputs, _ in loader:
+        # All processes' shares. The last batch was filled up to be shared out: that is dropped again.
+        outputs.append(accelerator.gather_for_metrics(model(inputs).contiguous()))
     return torch.cat(outputs).float().cpu()
 
 
@@ -390,6 +450,7 @@ def rank_key(line):
     return line["val_accuracy"], -line["val_loss"]
 
 
+# ------------------------------------------------------------------------------------------ learning rates
 def cosine(step, total):
     """Share of the peak learning rate: linear warm-up over a tenth of all steps, then a cosine to 0."""
     warm_up = 0.1 * total
@@ -399,61 +460,49 @@ def cosine(step, total):
 
 
 # Functions of the optimiser's step, from 0, and the number of all steps: there is no state to save, and a
-# scheduler of torch's that Accelerate prepares would step once for each process.
+# scheduler of torch's that Accelerate prepares would step once for each process. Add your own here.
 SCHEDULES = {"cosine": cosine, "constant": lambda step, total: 1.0}
 
 
-def learning_rates(args, steps, epoch):
+def learning_rates(options, steps, epoch):
     """Return the learning rate of each of the `steps` steps of an epoch, counted from 0."""
-    schedule = SCHEDULES[args.schedule]
-    return [args.lr * schedule(epoch * steps + i, args.epochs * steps) for i in range(steps)]
-
-
-@torch.no_grad()
-def report_sanity_check(accelerator, model, batches):
-    """Print whether a model has overfitted its few `batches`; returns the exit code, 0 for yes, 1 for no."""
-    model.eval()
-    logits = accelerator.gather(torch.cat([model(inputs) for inputs, _ in batches])).float().cpu()
-    labels = accelerator.gather(torch.cat([labels for _, labels in batches])).cpu()
-    result = scores(logits.log_softmax(1), labels)
-    passed = result["accuracy"] == 1 and result["loss"] < 0.05  # as in Karpathy's "A Recipe for Training"
-    accelerator.print(
-        f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
-        f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
-    )
-    accelerator.wait_for_everyone()  # the others may still exchange data with this process
-    return int(not passed)
+    schedule = SCHEDULES[options.schedule]
+    return [options.lr * schedule(epoch * steps + i, options.epochs * steps) for i in range(steps)]
 
 
 # ------------------------------------------------------------------------------------------------- options
-class UserError(Exception):
-    """A mistake in what the user gave: one line that says what is wrong, where, and what to do."""
-
-
 def cli(main):
     """Run a script's `main` and exit: with 0 or what it returns, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a class name that the terminal cannot show
-    code, message = 2, None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by cron or pythonw
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a class name that the terminal cannot show
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        message = str(error)
+        code = complain(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; trainings go on with --resume"
+        complain("stopped; trainings go on with --resume")
+        code = 130
     except BrokenPipeError:  # `| head`; Python would complain when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk"
-    if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        code = complain(
+            f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk"
+        )
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def complain(error):
+    """Print a mistake of the user's as one line on stderr; returns the exit code for it, 2."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def brief(error):
@@ -484,13 +533,13 @@ def number(kind, low, high=10**9):
     return number
 
 
-def training_parser(description, lr, batch_size, image_size):
+def training_parser(description, lr, image_size):
     """Return a Parser with the options that both training scripts have, with a model's defaults."""
     parser = Parser(description)
     add = parser.add_argument
     positive = number(int, 1)
     add("--epochs", type=positive, default=10, help="passes over the training images (10)")
-    add("--batch-size", type=positive, default=batch_size, help=f"images a step, in all ({batch_size})")
+    add("--batch-size", type=positive, default=64, help="images a step, in all (64)")
     add("--lr", type=number(float, 1e-10), nargs="+", default=[lr], help=f"peak rates, a run each ({lr})")
     add("--schedule", choices=SCHEDULES, nargs="+", default=["cosine"], help="a run each (cosine)")
     add("--seed", type=number(int, 0), nargs="+", default=[0], help="a run each (0)")
@@ -508,8 +557,8 @@ def training_parser(description, lr, batch_size, image_size):
     return parser
 
 
-def each_run(args, *keys):
-    """Return a copy of `args` for every combination of the values of the options `keys`."""
+def each_setting(args, *keys):
+    """Return the options of each run: a copy of `args` for every combination of the values of the options `keys`."""
     values = [dict.fromkeys(getattr(args, key)) for key in keys]  # each value once
     chosen = itertools.product(*values)
     return [argparse.Namespace(**vars(args) | dict(zip(keys, combination))) for combination in chosen]
@@ -527,7 +576,9 @@ def make_accelerator(mixed_precision=None):
     if (launched or world > 1) and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers set 1 where nothing was asked for, and a CPU run would train on one core.
         torch.set_num_threads(max(1, os.cpu_count() // world))
-    cpu = not torch.accelerator.is_available()  # or two processes without a GPU do not find each other
+    # Accelerate would take Apple's GPU by itself, but that lacks functions that are used here (pytorch issues 125098,
+    # 96056, 141287). And without a GPU two processes would not find each other.
+    cpu = not torch.cuda.is_available()
     bf16 = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(False)
     try:
         accelerator = Accelerator(
@@ -548,28 +599,30 @@ def make_accelerator(mixed_precision=None):
     accelerator.print(
         f"{world} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each, "
         f"precision {accelerator.mixed_precision.replace('no', 'fp32')}"
+        + ", not on Apple's GPU, which lacks functions that are needed"
+        * torch.backends.mps.is_available()
     )
     return accelerator
 
 
-def environment(accelerator=None):
+def environment(accelerator):
     """Return versions, device and processes as a dict: what figures depend on besides the options."""
-    cpu = platform.machine()
+    device = platform.machine()
     with contextlib.suppress(OSError, TypeError):  # only Linux has this file
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "timm", "accelerate"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
-    device = f"cpu ({cpu}, {os.cpu_count()} cores)"
-    found = {"versions": versions, "device": device, "threads": torch.get_num_threads()}
-    if accelerator:
-        if accelerator.device.type == "cuda":
-            found["device"] = torch.cuda.get_device_name(accelerator.device)
-        found["processes"] = accelerator.num_processes
-        found["precision"] = accelerator.mixed_precision
-        found["dynamo"] = accelerator.state.dynamo_plugin.backend.value
-    return found
+        device = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    device = f"cpu ({device}, {os.cpu_count()} cores)"
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    imported = sys.modules.keys() & {"torch", "timm", "accelerate"}
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: sys.modules[name].__version__ for name in sorted(imported)},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "dynamo": accelerator.state.dynamo_plugin.backend.value,
+    }
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -581,6 +634,11 @@ def atomic_write(path, data):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as a JSON file, atomically."""
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):
@@ -598,7 +656,7 @@ def sha256(data):
 
 def damaged(path, error):
     """Return the UserError for a file of ours that cannot be read."""
-    return UserError(f"{path}: damaged ({brief(error)}): remove it and its folder to start again")
+    return UserError(f"{path}: damaged ({brief(error)}): replace it, or move it away to do without it")
 
 
 def load_tensors(path):
@@ -623,89 +681,130 @@ def save_tensors(path, tensors, meta):
 
 # ---------------------------------------------------------------------------------------------- run folder
 SETTING = ("epochs", "lr", "schedule", "seed")  # options in the name of a run's folder
-# Options that do not tell models apart; images and weights are told apart by their hashes.
-NO_PART_OF_MODEL = {*SETTING, "data_dir", "features", "mixed_precision", "name"}
-NO_PART_OF_MODEL |= {"no_pretrained", "resume", "sanity_check", "weights"}
+# Options that do not tell models apart: images are told apart by their hashes.
+ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sanity_check"}
 
 
-def model_name(args, parser, base):
+def model_name(options, parser, base):
     """Return the name of a run's model: --name, else `base`, the data folder and options that are not at default."""
-    if args.name is not None:
-        if not re.fullmatch(r"[^/\\.][^/\\]*", args.name):
-            raise UserError(f"--name {args.name}: give the plain name of a folder in {RUNS_DIR}/")
-        return args.name
-    folder = Path(args.data_dir).resolve().name
-    parts = [] if folder == DATA_DIR else [folder]
-    for key in sorted(vars(args).keys() - NO_PART_OF_MODEL):
-        value = getattr(args, key)
+    if options.name is not None:
+        if not re.fullmatch(r"[^/\\.][^/\\]*", options.name):
+            raise UserError(f"--name {options.name}: give the plain name of a folder in {RUNS_DIR}/")
+        return options.name
+    folder = Path(os.path.abspath(options.data_dir)).name  # as it was typed: links are not followed
+    parts = [base] if folder == DATA_DIR else [base, folder]
+    for key in sorted(vars(options).keys() - ASIDE):
+        value = getattr(options, key)
         if value != parser.get_default(key):
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
-            parts.append(f"{key} {text}".removesuffix(" True").replace("_", " "))
-    return f"{base} {', '.join(parts)}".strip()
+            text = "-".join(map(str, value)) if isinstance(value, list) else value
+            parts.append(f"{key}={text}".removesuffix("=True").replace("_", "-"))
+    return re.sub(r"[^\w.=,+-]+", "-", ",".join(parts))  # no blanks: nothing needs quotes in a shell
 
 
-def run_folder(config):
-    """Return the folder of a run, such as runs/CNN/e10-lr0.005-cosine-s0."""
-    name = f"e{config['epochs']}-lr{config['lr']}-{config['schedule']}-s{config['seed']}"
-    return RUNS_DIR / config["model"] / name
+def run_folder(options):
+    """Return the folder of a run, such as runs/CNN/e10-lr0.005-cosine-s0; `options.model`: its model's name."""
+    name = f"e{options.epochs}-lr{options.lr}-{options.schedule}-s{options.seed}"
+    return RUNS_DIR / options.model / name
 
 
-def make_config(args, accelerator, data, name, script, model, optimizer):
-    """Return what config.json says of a run of the model `name`; `model` and `optimizer` before they are prepared."""
+def is_started(folder):
+    """Return whether a run's folder holds work: a checkpoint, or what a finished run has without one."""
+    return any((folder / name).exists() for name in ("checkpoint.pt", "predictions.safetensors"))
+
+
+def check_folders(accelerator, settings):
+    """Raise UserError unless all runs to come are new, or are to be resumed."""
+    if accelerator.scaler and len(settings) > 1:
+        raise UserError("precision fp16: its loss scaler would go from run to run: give one run at a time")
+    for options in settings:
+        folder = run_folder(options)
+        if is_started(folder) and not options.resume:
+            raise UserError(f"{folder}: exists: --resume goes on, --name makes another model")
+        if options.resume and not is_started(folder):
+            for other in folder.parent.glob(f"e*-{folder.name.partition('-')[2]}"):
+                accelerator.print(
+                    f"{folder}: is another run than {other.name}, as its schedule differs: starts anew"
+                )
+
+
+def make_config(
+    accelerator,
+    options,
+    data,
+    script,
+    model,
+    optimizer,
+    features="pixels",
+    backbone=None,
+    feature_seconds=0.0,
+):
+    """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
+
+    `model` and `optimizer`: as Accelerate prepared them. The last three are a probe's: the name of its features, the
+    frozen ViT that they come from, a dict, and the seconds they took."""
+    network = accelerator.unwrap_model(model, keep_torch_compile=False)
+    trained = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    options = vars(options) | {"image_size": data.image_size}
+    identity = {key: value for key, value in options.items() if key not in ASIDE}
+    identity |= {
+        "network": repr(network),
+        # The learning rate is of the setting, not of the model, and a scheduler writes more of them.
+        "optimizer": re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer)),
+        "parameter groups": [
+            [trained[parameter] for parameter in group["params"] if parameter in trained]
+            for group in optimizer.param_groups
+        ],
+        "backbone": backbone,
+        "train images": data.description["sha256"]["train"],
+        "val images": data.description["sha256"]["val"],
+    }
+    frozen = backbone["parameters"] if backbone else 0
     return {
-        "model": name,
-        **{key: getattr(args, key) for key in SETTING},
-        "features": "pixels",
-        "network": repr(model),
-        # The learning rate is of the setting, not of the model.
-        "optimizer": re.sub(r"\n *lr: .*", "", repr(optimizer)),
-        "backbone": None,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "options": vars(args) | {"image_size": data.image_size},
+        **{key: options[key] for key in ("model", *SETTING)},
+        "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
+        "features": features,
+        "backbone": backbone,
+        "parameters": frozen + sum(parameter.numel() for parameter in network.parameters()),
+        "trained": sum(parameter.numel() for parameter in trained),
+        "feature_seconds": feature_seconds,
+        "options": options,
         "data": data.description,
-        "feature_seconds": 0.0,
+        "identity": identity,
         "environments": [environment(accelerator)],
-        "scripts": {Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)},
+        "scripts": [{Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)}],
     }
 
 
-def identity(config):
-    """Return what all runs of a model have in common, as a flat dict."""
-    found = {key: value for key, value in config["options"].items() if key not in NO_PART_OF_MODEL}
-    for key in ("network", "optimizer", "backbone", "features"):
-        found[key] = config[key]
-    for split in ("train", "val"):
-        found[f"{split} images"] = config["data"]["sha256"][split]
-    return found
+def differences(old, new):
+    """Return the names of what differs between two models' identities; what only one of them has does not count."""
+    return [key for key in new if key in old and old[key] != new[key]]
 
 
-def check_runs(accelerator, configs, resume):
-    """Raise UserError unless all runs to come are new (or `resume`) and belong to their models.
-
-    Runs in a model's folder share network, optimiser, backbone, images and options: all but SETTING, so averaging over
-    them is valid. Runs without a checkpoint are ignored."""
-    for config in {config["model"]: config for config in configs}.values():
-        folder, new, changed = RUNS_DIR / config["model"], identity(config), set()
-        for checkpoint in sorted(folder.glob("*/checkpoint.pt")):
-            earlier = read_json(checkpoint.with_name("config.json"))
-            old = identity(earlier)
-            if differing := ", ".join(key for key in new if old.get(key) != new[key]):
-                raise UserError(f"{folder}: holds runs of another model ({differing}): give --name")
-            changed |= {name for name, _ in config["scripts"].items() - earlier["scripts"].items()}
-        if changed:
-            names = ", ".join(sorted(changed))
-            accelerator.print(f"{folder}: changed since: {names}; --name if results can differ")
-    for config in configs:
-        if not resume and (run_folder(config) / "checkpoint.pt").exists():
-            raise UserError(f"{run_folder(config)}: exists: --resume goes on, --name makes another model")
+@torch.no_grad()
+def end_sanity_check(accelerator, config, model, batches):
+    """Print and store whether a model has overfitted its few `batches`; returns the exit code, 0 for yes, 1 for no."""
+    model.eval()
+    outputs = [(model(inputs), labels) for inputs, labels in batches]
+    logits, labels = accelerator.gather(tuple(map(torch.cat, zip(*outputs))))
+    result = scores(logits.float().cpu().log_softmax(1), labels.cpu())
+    passed = result["accuracy"] == 1 and result["loss"] < 0.05  # as in Karpathy's "A Recipe for Training"
+    accelerator.print(
+        f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
+        f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
+    )
+    if accelerator.is_main_process:
+        folder = RUNS_DIR / config["model"]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "sanity-check.json", config | result | {"passed": passed, "images": len(labels)})
+    accelerator.wait_for_everyone()  # the others may still exchange data with this process
+    return int(not passed)
 
 
 def log_epoch(writer, line, rates, losses, model):
     """Log an epoch: its `line` of metrics.jsonl, rate and loss of each step, and histograms of the `model`."""
     epoch = line["epoch"]
-    for key, value in line.items():
-        if "_" in key:  # "train_loss" and "val_loss" side by side
-            writer.add_scalar("/".join(reversed(key.split("_", 1))), value, epoch)
+    for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_macro_f1"):
+        writer.add_scalar(f"by epoch/{key}", line[key], epoch)
     for i, (rate, loss) in enumerate(zip(rates, losses), line["step"] - len(rates) + 1):
         writer.add_scalar("by step/learning rate", rate, i)
         writer.add_scalar("by step/loss", loss, i)
@@ -720,30 +819,33 @@ class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
     Where there is a checkpoint, its states are loaded into `model`, `optimizer` and `others` (a scheduler of yours).
-    All processes read, the main process writes. Raises UserError where another process trains this run, and for a
+    All processes read, the main process writes. A run that has predictions has ended, whatever else is in its folder.
+    Raises UserError where another process trains this run, where the folder holds runs of another model, and for a
     checkpoint that is damaged or does not fit."""
 
-    def __init__(self, accelerator, config, data, model, optimizer, **others):
-        self.accelerator, self.config, self.data = accelerator, config, data
-        self.path = run_folder(config)
+    def __init__(self, accelerator, config, model, optimizer, **others):
+        from accelerate.utils import broadcast_object_list
+
+        self.accelerator, self.config = accelerator, config
+        self.path = run_folder(argparse.Namespace(**config))
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.objects = {"model": self.model, "optimizer": optimizer, **others}
         if accelerator.scaler:
             self.objects["scaler"] = accelerator.scaler
-        self.history, self.events, self.complete = [], {}, False
+        self.history, self.best, self.events = [], None, {}
+        self.predictions = self.path / "predictions.safetensors"
+        self.ended = self.predictions.exists()
         self.lock = self.writer = None
+        self.check_model()
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-        file = self.path / "checkpoint.pt"
-        if file.exists():
-            self.read_checkpoint(file)
+        if broadcast_object_list([accelerator.is_main_process and not self.lock])[0]:
+            raise UserError(f"{self.path}: is being trained: wait for it, or give --name")
+        self.read()
         accelerator.wait_for_everyone()  # all have read before anything is changed
-        if accelerator.is_main_process and not self.complete:
-            from torch.utils.tensorboard import SummaryWriter
-
+        if accelerator.is_main_process and not self.is_complete():
             self.clean_up()
-            self.writer = SummaryWriter(str(self.path))
 
     def __enter__(self):
         return self
@@ -752,56 +854,86 @@ class Run:
         for opened in filter(None, (self.writer, self.lock)):
             opened.close()
 
-    def read_checkpoint(self, file):
+    def check_model(self):
+        """Raise UserError where the model's folder holds runs of another model; say where only the script differs."""
+        changed = set()
+        for file in sorted(self.path.parent.glob("*/config.json")):
+            if not is_started(file.parent):
+                continue  # stopped in its first epoch: nothing of it counts
+            earlier = read_json(file)
+            found = differences(
+                earlier.get("identity", {"network": "of older scripts"}), self.config["identity"]
+            )
+            if found:
+                raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
+            changed |= self.config["scripts"][-1].items() - earlier["scripts"][-1].items()
+        if changed:
+            names = ", ".join(sorted(name for name, _ in changed))
+            self.accelerator.print(
+                f"{self.path.parent}: changed since: {names}; --name if results can differ"
+            )
+
+    def read(self):
         """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
+        file = self.path / "checkpoint.pt"
+        if not file.exists():
+            return
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
+            raise damaged(file, error) from None
+        try:
             for name, value in self.objects.items():
                 value.load_state_dict(checkpoint["states"].get(name, value.state_dict()))
             self.history, self.best = checkpoint["history"], checkpoint["best"]
             self.events = checkpoint["events"]
-        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            raise damaged(file, error) from None
-        predictions = file.with_name("predictions.safetensors")
-        if predictions.exists():
-            # A test/ that was added later is still to be predicted.
-            self.complete = load_tensors(predictions)[1] == self.data.description["sha256"]
+        except Exception as error:  # of torch, of schedulers: a dozen kinds
+            raise UserError(f"{file}: is of other objects ({brief(error)}): give --name") from None
+
+    def is_complete(self):
+        """Return whether the predictions are those of today's images, as a test/ can come later."""
+        if not self.history:  # new; or ended, and its checkpoint was removed to save space
+            return self.ended
+        return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
     def clean_up(self):
         """Remove what was written after the checkpoint, and record where the run is trained now."""
-        for file in self.path.glob("*"):
-            if file.suffix == ".tmp" or not self.history and file.name != ".lock":
-                file.unlink()
-        for file in self.path.glob("events*"):
-            os.truncate(file, self.events.get(file.name, 0))
+        if not self.ended:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for file in self.path.glob("events.out.tfevents.*"):
+                os.truncate(file, self.events.get(file.name, 0))
+            self.writer = SummaryWriter(str(self.path))
+        for file in self.path.glob(".*.tmp"):  # see atomic_write
+            file.unlink()
         if self.history:
             earlier = read_json(self.path / "config.json")
-            self.config["environments"] = earlier["environments"] + self.config["environments"]
-        atomic_write(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+            for key in ("environments", "scripts"):
+                self.config[key] = earlier[key] + self.config[key]
+        write_json(self.path / "config.json", self.config)
 
     def remaining_epochs(self):
         """Yield the numbers, from 0, of the epochs still to be trained, with all random generators seeded."""
         from accelerate.utils import set_seed
 
         process = self.accelerator.process_index
-        for epoch in range(len(self.history), self.config["epochs"]):
+        for epoch in range(len(self.history), 0 if self.ended else self.config["epochs"]):
             set_seed(key_seed(self.config["seed"], "epoch", epoch, process) % 2**32)
             self.started = time.perf_counter()
             yield epoch
 
-    def end_epoch(self, steps, logits):
-        """Measure, log and save an epoch; keep the weights if they are the best by validation.
+    def end_epoch(self, steps, val):
+        """Log and save an epoch; keep the weights if they are the best by validation.
 
-        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `logits` [N, classes] of the
-        validation images. Raises UserError for a loss that is not finite."""
+        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `val`: what `scores` gives for
+        the validation images. Raises UserError for a loss that is not finite."""
         rates, losses, accuracies = zip(*steps)
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
-        val = scores(logits.log_softmax(1), self.data.labels["val"])
         epoch = len(self.history) + 1
         line = {
             "epoch": epoch,
-            "step": epoch * len(steps),
+            "step": len(steps) + (self.history[-1]["step"] if self.history else 0),
             "lr": rates[-1],
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),
@@ -832,7 +964,7 @@ class Run:
             "best": self.best,
             "states": {name: value.state_dict() for name, value in self.objects.items()},
             # What is logged after this is cut off when the run is resumed.
-            "events": {file.name: file.stat().st_size for file in self.path.glob("events*")},
+            "events": {file.name: file.stat().st_size for file in self.path.glob("events.out.tfevents.*")},
         }
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -840,21 +972,27 @@ class Run:
         save_tensors(self.path / "model.safetensors", self.best, {})
         atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
-    def finish(self, predict_split):
-        """Write predictions.safetensors by the best weights; `predict_split(name)` gives logits [N, classes]."""
-        if self.complete:
+    def restore_best_weights(self):
+        """Load the weights of the best epoch into the model; returns False where all predictions are there already."""
+        if self.is_complete():
             self.accelerator.print(f"{self.path}: already complete")
-            return
-        if self.accelerator.is_main_process:
+            return False
+        if self.writer:
             self.save()  # a kill may have come between the checkpoint and the other files
         self.model.load_state_dict(self.best)
+        return True
+
+    def finish(self, logits, labels):
+        """Write predictions.safetensors, by which the run has ended.
+
+        `logits` {split: float [N, classes]}, `labels` {split: int64 [N]}."""
         tensors = {}
-        for name in list(self.data.labels)[1:]:  # not train
-            tensors[f"{name}.log_probs"] = predict_split(name).log_softmax(1)
-            tensors[f"{name}.labels"] = self.data.labels[name]
+        for split, values in logits.items():
+            tensors[f"{split}.log_probs"] = values.log_softmax(1)
+            tensors[f"{split}.labels"] = labels[split]
         if self.accelerator.is_main_process:
             best = max(self.history, key=rank_key)
-            save_tensors(self.path / "predictions.safetensors", tensors, self.data.description["sha256"])
+            save_tensors(self.predictions, tensors, self.config["data"]["sha256"])
             print(
                 f"best epoch {best['epoch']}: validation accuracy {best['val_accuracy']:.2%}, macro-F1 "
                 f"{best['val_macro_f1']:.4f}; {sum(line['seconds'] for line in self.history):.1f} s\n"
@@ -863,44 +1001,52 @@ class Run:
 
 
 def lock_folder(path):
-    """Lock a run's folder until the returned file is closed; a disk without locks goes on without."""
+    """Lock a run's folder until the returned file is closed, on a disk that has locks; None: another process has it."""
     file = open(path / ".lock", "w")  # noqa: SIM115
     try:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path}: is being trained: wait for it, or give --name") from None
+        return None
     except (ImportError, OSError):
         pass
     return file
 
 
-def make_classifier(run, config, model, predict_batch):
+def make_classifier(run, config, model, backbone=None):
     """Load a run's best weights into `model`; return a function from images to class probabilities.
 
-    `predict_batch` gives logits [B, classes] of images float32 [B, C, S, S], values 0 to 1: the model, perhaps after a
-    backbone."""
-    if repr(model) != config["network"]:
-        raise UserError(f"{run}: is of another network: use the script that trained it")
+    `backbone`: what stands before the model, if it is a probe."""
+    trained, ours = config["identity"]["network"].splitlines(), repr(model).splitlines()
+    if trained != ours:
+        pairs = itertools.zip_longest(trained, ours, fillvalue="nothing")
+        theirs, here = next(pair for pair in pairs if pair[0] != pair[1])
+        raise UserError(
+            f"{run}: has {theirs.strip()}, the class in this script {here.strip()}: use the run's script"
+        )
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])
-    model.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = torch.nn.Sequential(*filter(None, [backbone, model])).to(device).eval()
     data = config["data"]
 
     @torch.no_grad()
     def classify(images, batch_size=64):
         """Return for each image a dict class name -> probability, the most probable first.
 
-        `images`: a folder, or one or several file names, PIL images or arrays (uint8 [H, W] or [H, W, 3])."""
+        `images`: a folder (its images in the order of their paths, as text), or one or several file names, PIL images
+        or arrays (uint8 [H, W] or [H, W, 3]). Raises UserError for what is none of these."""
         if isinstance(images, str | Path) and Path(images).is_dir():
-            images = image_files(images)[0]
+            folder, (images, _) = images, image_files(images)
+            if not images:
+                raise UserError(f"{folder}: no images")
         elif not isinstance(images, list | tuple):
             images = [images]
         results = []
         for start in range(0, len(images), batch_size):
             fitted, _, _ = read_images(images[start : start + batch_size], data["side"])
-            pixels = stack_images(fitted, data["side"], data["channels"])
-            logits = predict_batch(resize(pixels / 255, data["image_size"]))
+            pixels = stack_images(fitted, data["side"], data["channels"]).to(device)
+            logits = network(resize(pixels / 255, data["image_size"]))
             for row in logits.float().softmax(1).tolist():
                 results.append(dict(sorted(zip(data["classes"], row), key=lambda pair: -pair[1])))
         return results

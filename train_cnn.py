@@ -4,12 +4,15 @@
     python train_cnn.py --epochs 10 --lr 1e-3 5e-3 --seed 0 1 2     (a sweep: six runs, one after another)
     python train_cnn.py --data-dir my-data --widths 32 64           (own images, another network)
     python train_cnn.py --name my-cnn                               (after a change of the network below)
+    python train_cnn.py --sanity-check                              (only overfit four batches)
     accelerate launch train_cnn.py --epochs 10                      (GPUs; see README)
 
 Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing). Writes
 runs/<model>/<setting>/, such as runs/CNN/e10-lr0.005-cosine-s0/: config.json, metrics.jsonl, model.safetensors (the
 best weights by validation), predictions.safetensors, checkpoint.pt (for --resume), TensorBoard's events (`--logdir
-runs`)."""
+runs`); --sanity-check writes runs/<model>/sanity-check.json.
+
+train_vit_probe.py has the same functions in the same order: compare the two."""
 
 import argparse
 import itertools
@@ -21,24 +24,40 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+from common import UserError
+
+
+class Normalize(nn.Module):
+    """torchvision.transforms.Normalize as a layer, so that the weights, with mean and std, are usable alone.
+
+    Input and output float32 [B, channels, S, S]; `mean` and `std` [channels, 1, 1] are those of the training images."""
+
+    def __init__(self, channels):
+        super().__init__()
+        # A buffer is stored and moved with the weights, but not trained.
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
 
 
 class CNN(nn.Module):
     """Blocks of convolution, max-pooling, batch normalisation and ReLU, one for each of `widths`, then a linear layer.
 
-    Input float32 [B, channels, S, S] with values 0 to 1, output logits [B, classes]. `mean` and `std` [channels] are
-    those of the training images: the network normalises its input itself, so its weights are usable alone."""
+    Input float32 [B, channels, S, S], normalised; output logits float [B, classes], before any softmax."""
 
-    def __init__(self, classes, mean, std, widths=(32, 64, 128)):
+    def __init__(self, channels, classes, widths):
         super().__init__()
-        self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("std", std[:, None, None])
         layers = []
-        inputs = len(mean)
+        inputs = channels
         for width in widths:
             layers += [
+                # No bias: the batch normalisation would subtract it again.
                 nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
-                nn.MaxPool2d(2),  # before the normalisation, which so has a quarter of the work
+                # Halves the image. It stands before the normalisation, which so has a quarter of the pixels to work
+                # on; the usual order, after the ReLU, takes longer and was not more accurate here.
+                nn.MaxPool2d(2),
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
@@ -48,51 +67,55 @@ class CNN(nn.Module):
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * inputs, classes))
 
     def forward(self, images):
-        x = (images - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+        # The faster layout for convolutions: the channels of a pixel side by side in memory.
+        x = images.contiguous(memory_format=torch.channels_last)
         return self.classifier(self.features(x))
 
 
-def make_model(args, data):
-    """Return the CNN for the data, with initial weights drawn from the seed."""
-    if 2 ** len(args.widths) > data.image_size:
-        raise common.UserError(f"--widths: too many, as each halves the {data.image_size} px: give fewer")
-    pixels = data.pixels["train"]
-    # Of each channel the number of pixels with each value: exact, and no float copy of all images.
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
-    shares = counts.double() / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = shares @ values
-    std = (shares @ values**2 - mean**2).clamp(min=1e-6).sqrt()
-    torch.manual_seed(common.key_seed(args.seed, "init"))
-    return CNN(len(data.classes), mean.float(), std.float(), args.widths)
+def make_model(options, channels, classes):
+    """Return the network with random weights: images float32 [B, channels, S, S], 0 to 1 -> logits [B, classes].
+
+    The one place to put another network in: `load_classifier` builds what it trained by this function too."""
+    # For example torchvision.models.resnet18(num_classes=classes) in place of CNN(...), for colour images.
+    return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))
 
 
-def make_optimizer(model, args):
-    """Return AdamW; batch normalisation and biases are not decayed. The learning rate is set at every step."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
+def make_optimizer(model, options):
+    """Return AdamW; batch normalisation and biases are not decayed."""
+    # Weight decay pulls weights to 0, which holds down how much a layer can fit; a bias or the scale of a
+    # normalisation (vectors: one dimension) would only be moved off its place.
+    decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
-        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    # The learning rate here is only the first one: train_epoch sets it at every step.
+    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
 
 
-def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
-    """Train on each of the `batches` (images, labels) once, with the learning rate that `rates` has for it.
+def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
+    """Train on each batch of `loader` once, with the learning rate that the list `rates` has for it.
 
     Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
-    each step wait."""
-    model.train()
+    each step wait for the GPU."""
+    model.train()  # batch normalisation uses the batch's mean and deviation, dropout drops
     steps = []
-    for rate, (images, labels) in zip(rates, batches):
+    # disable=None: no progress bar where the output is a file.
+    bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
+    # The loader comes first: zip then asks it for the batch that is not there, and so Accelerate sees its end.
+    for (images, labels), rate in zip(bar, rates):
+        # images: float32 [B, channels, S, S], 0 to 1, cropped and flipped; labels: int64 [B].
+        # The schedule is a function of the step, so there is no scheduler whose state had to be saved. An
+        # optimiser has a rate for each group of parameters; here they are all alike.
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate  # without this line: a scheduler of torch's, see `train`
 
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
+        # loss.backward(), but scaled up under fp16, whose smallest gradients would become 0, and with several
+        # processes the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
@@ -104,58 +127,79 @@ def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
     return steps
 
 
-def prepare(args, data, accelerator):
-    """Return what a run trains with: model, optimizer, batches, and the images of each split, on the device."""
-    device = accelerator.device
-    model = make_model(args, data)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, args)
+def prepare(options, data, accelerator):
+    """Return what a run trains with: model, optimizer, the training loader, and a dict of val's and test's loaders."""
+    if 2 ** len(options.widths) > data.image_size:
+        raise UserError(f"--widths: too many, as each halves the {data.image_size} px: give fewer")
+    # The initial weights depend on the seed alone. A word in the key gives each use of the seed numbers of its own.
+    torch.manual_seed(common.key_seed(options.seed, "init"))
+    model = make_model(options, data.description["channels"], len(data.classes))
+    normalize = model[0]
+    for channel, pixels in enumerate(data.pixels["train"].unbind(1)):
+        std, normalize.mean[channel] = torch.std_mean(pixels / 255)
+        normalize.std[channel] = std.clamp(min=1e-3)  # if all pixels are equal
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, options)
+    # Accelerate computes forward passes in bf16 or fp16 where asked, and joins the processes' gradients.
     model, optimizer = accelerator.prepare(model, optimizer)
-    images = {}
+
+    loaders = {}
     for split, pixels in data.pixels.items():
-        images[split] = common.Images(pixels.to(device), vars(args), data.image_size)
-    labels = data.labels["train"].to(device)
-    batches = common.Batches(accelerator, images["train"].augmented, labels, args.batch_size, args.seed)
-    return model, optimizer, batches, images
+        # All images and labels of the split lie on the device, and are transformed there a batch at a time.
+        inputs = pixels.to(accelerator.device), data.labels[split].to(accelerator.device), data.image_size
+        if split == "train":
+            augmented = common.ImageDataset(*inputs, options.crop_scale, options.no_flip, options.seed)
+            train_loader = common.training_loader(accelerator, augmented, options.batch_size)
+        else:
+            loaders[split] = common.evaluation_loader(accelerator, common.ImageDataset(*inputs))
+    return model, optimizer, train_loader, loaders
 
 
-def train(args, config, data, accelerator):
-    """Train one run into its folder."""
-    model, optimizer, batches, images = prepare(args, data, accelerator)
-
-    def predict(split):
-        return common.predict(accelerator, model, images[split].plain, len(data.labels[split]))
-
-    with common.Run(accelerator, config, data, model, optimizer) as run:
+def train(options, data, accelerator):
+    """Train one run into its folder, or what is missing of it."""
+    model, optimizer, train_loader, loaders = prepare(options, data, accelerator)
+    config = common.make_config(accelerator, options, data, __file__, model, optimizer)
+    # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
+    with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
-            rates = common.learning_rates(args, len(batches), epoch)
-            # A DataLoader gives the order of the images; crops and flips happen on the device. Both are
-            # functions of the seed and the epoch.
+            # Order, crops and flips of this epoch are functions of the seed and the epoch: so a run that was
+            # stopped goes on as if it had not been.
+            train_loader.dataset.start_epoch(epoch)
+            rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(
                 accelerator,
                 model,
                 optimizer,
-                batches.epoch(epoch),
+                train_loader,
                 rates,
-                args.label_smoothing,
+                options.label_smoothing,
             )
-            # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
-            run.end_epoch(steps, predict("val"))
-        # Only now, and only once, the test images: by the weights of the best epoch.
-        run.finish(predict)
+            val_logits = common.predict(accelerator, model, loaders["val"])
+            val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
+            # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
+
+            # TensorBoard, with weights and gradients; keeps the weights if this is the best epoch by validation; saves
+            # a checkpoint. To stop early, `break` after it.
+            run.end_epoch(steps, val)
+        # The best epoch's weights come back; only now, and only once, the test images. False: all this is there.
+        if run.restore_best_weights():
+            logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
+            run.finish(logits, data.labels)
 
 
-def sanity_check(args, data, accelerator):
+def sanity_check(options, data, accelerator):
     """Overfit four batches, without augmentation; returns the exit code, 0 if that works, else 1."""
+    # A network that cannot learn 256 images by heart has a fault in its code, not too few images.
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
-    options = vars(args) | plain
-    args = argparse.Namespace(**options)
-    model, optimizer, batches, _ = prepare(args, data, accelerator)
-    few = list(itertools.islice(batches.epoch(0), 4))  # always the same
-    for epoch in tqdm(range(args.epochs), "sanity check", leave=False, disable=None):
-        rates = common.learning_rates(args, len(few), epoch)
+    few_options = argparse.Namespace(**vars(options) | plain)
+    model, optimizer, train_loader, _ = prepare(few_options, data, accelerator)
+    config = common.make_config(accelerator, options, data, __file__, model, optimizer)
+    train_loader.dataset.start_epoch(0)
+    few = list(itertools.islice(train_loader, 4))  # always the same four
+    for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
+        rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
-    return common.report_sanity_check(accelerator, model, few)
+    return common.end_sanity_check(accelerator, config, model, few)
 
 
 def load_classifier(run):
@@ -165,15 +209,16 @@ def load_classifier(run):
     class name to probability, the most probable first. Raises UserError for a folder of another network, and for files
     that are no images."""
     config = common.read_json(Path(run) / "config.json")
+    if config["backbone"]:
+        raise UserError(f"{run}: is a probe: use train_vit_probe.load_classifier")
     data = config["data"]
-    mean, std = torch.ones(2, data["channels"])  # until the weights are loaded
-    widths = config["options"].get("widths", ())  # a probe has none
-    model = CNN(len(data["classes"]), mean, std, widths)
-    return common.make_classifier(run, config, model, predict_batch=model)
+    model = make_model(argparse.Namespace(**config["options"]), data["channels"], len(data["classes"]))
+    return common.make_classifier(run, config, model)
 
 
 def make_parser():
-    parser = common.training_parser(__doc__, lr=5e-3, batch_size=64, image_size=None)
+    """Return the parser of the command line; common.py has the options that both scripts share."""
+    parser = common.training_parser(__doc__, lr=5e-3, image_size=None)
     width = common.number(int, 1)
     add = parser.add_argument
     add("--widths", type=width, nargs="+", default=[32, 64, 128], help="channels of each layer (32 64 128)")
@@ -181,23 +226,29 @@ def make_parser():
 
 
 def main():
+    """Train a run for each combination of the options that take several values."""
     parser = make_parser()
     args = parser.parse_args()
-    runs = common.each_run(args, "lr", "schedule", "seed")  # the options of each combination
+    settings = common.each_setting(args, "lr", "schedule", "seed")
+    for options in settings:
+        options.model = common.model_name(options, parser, "CNN")
     accelerator = common.make_accelerator(args.mixed_precision)
+    if not args.sanity_check:
+        common.check_folders(accelerator, settings)
     data = common.open_data(accelerator, args)
     if args.sanity_check:
-        return sanity_check(runs[0], data, accelerator)
-    model = make_model(runs[0], data)
-    optimizer = make_optimizer(model, runs[0])
-    name = common.model_name(args, parser, "CNN")
-    configs = [common.make_config(one, accelerator, data, name, __file__, model, optimizer) for one in runs]
-    common.check_runs(accelerator, configs, args.resume)
-    for one, config in zip(runs, configs):
-        train(one, config, data, accelerator)
-        accelerator.free_memory()  # or it keeps each model
-    accelerator.wait_for_everyone()  # the others may still exchange data with this process
-    return 0
+        return sanity_check(settings[0], data, accelerator)
+    exit_code = 0
+    for options in settings:
+        try:
+            train(options, data, accelerator)
+        except UserError as error:  # of this run: the others are trained all the same
+            exit_code = common.complain(error)
+        # Accelerate keeps all that it prepared: without this line the memory of each run stays taken.
+        accelerator.free_memory()
+    # A process that left now would break off what the others still exchange with it.
+    accelerator.wait_for_everyone()
+    return exit_code
 
 
 if __name__ == "__main__":

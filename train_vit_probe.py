@@ -3,19 +3,28 @@
     python train_vit_probe.py --epochs 10
     python train_vit_probe.py --features class grid6 --lr 1e-3 5e-3     (a sweep: four runs, one after another)
     python train_vit_probe.py --data-dir my-data                        (own images)
+    python train_vit_probe.py --sanity-check                            (only overfit four batches)
     accelerate launch train_vit_probe.py --epochs 10                    (GPUs; see README)
 
 Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and the weights:
 --weights FILE, else the file that VIT_TINY_WEIGHTS names, else timm's on the Hugging Face hub; without any of them the
 features of the default images in vit_features.safetensors. Writes features/ (a cache) and runs/<model>/<setting>/,
-such as runs/ViT-Tiny-class/e10-lr0.005-cosine-s0/, with the files that train_cnn.py names."""
+such as runs/ViT-Tiny-class/e10-lr0.005-cosine-s0/, with the files that train_cnn.py names.
+
+A ViT cuts its image into patches (224 x 224 px into 14 x 14 patches of 16 x 16 px) and describes each by a vector of
+192 values, a token. One more token, the class token, belongs to no patch: it collects what the image shows. Twelve
+blocks of attention and a small network, one after another, let the tokens exchange what they know, so after each
+block there are 196 patch tokens and the class token. All of this stays as it was pretrained: frozen. The probe, the
+only part that is trained, is one linear layer on some of these values, the features.
+
+train_cnn.py has the same functions in the same order: compare the two."""
 
 import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,19 +32,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import common
 from common import UserError
 
+# Any ViT of timm's with a class token will do, such as deit_tiny_patch16_224 or vit_small_patch16_224: its number of
+# blocks, its width, and mean and standard deviation of its input are asked of the model.
 BACKBONE = "vit_tiny_patch16_224"
-WIDTH, BLOCKS = 192, 12  # values of a token, transformer blocks
-# The class token after the last block; with the mean of that block's patch tokens, as in DINOv2's linear
-# evaluation; or with the patch tokens after another block, averaged over a 3 x 3 grid.
-FEATURES = ["class", "last", *(f"grid{block}" for block in range(BLOCKS))]
+NAME = BACKBONE.partition("_patch")[0]  # "vit_tiny"
 RECORDED = common.HERE / "vit_features.safetensors"
 CACHE = Path("features")
-PART = 2048  # images in a file of the cache: what an interruption can cost
+PART = 256  # images in a file of the cache: what an interruption can cost
 
 
 class LinearProbe(nn.Module):
@@ -44,11 +53,12 @@ class LinearProbe(nn.Module):
     Input features [B, values], output logits float32 [B, classes]. `mean` and `std` [values] are those of the training
     images' features, so the whole is one affine map of the features."""
 
-    def __init__(self, classes, mean, std):
+    def __init__(self, values, classes):
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-        self.linear = nn.Linear(len(mean), classes)
+        # A buffer is stored and moved with the weights, but not trained.
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("std", torch.ones(values))
+        self.linear = nn.Linear(values, classes)
         nn.init.zeros_(self.linear.weight)  # all classes equally probable
         nn.init.zeros_(self.linear.bias)
 
@@ -56,29 +66,65 @@ class LinearProbe(nn.Module):
         # It costs nothing, so it stays in float32 whatever the precision.
         with torch.autocast(features.device.type, enabled=False):
             x = (features.float() - self.mean) / self.std
-            # A step moves the logits by about rate * length: so scaled, one rate suits short and long features.
-            return self.linear(x * (WIDTH / x.shape[1]) ** 0.5)
+            # Adam's first step moves every weight by the rate, whatever its gradient, and so a logit by about the rate
+            # times the number of values. The root takes back half of that (on a logarithmic scale): measured, the
+            # same rates then suit 192 values and 1,920.
+            return self.linear(x * (192 / x.shape[1]) ** 0.5)
 
 
-def make_optimizer(model, args):
-    """Return AdamW. The learning rate is set at every step."""
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+class FeatureDataset(torch.utils.data.Dataset):
+    """The features of a split in memory, as common.ImageDataset has images.
+
+    `views`: a list of float16 [N, values], of which an epoch uses one, in turn: the plain images, or each image cropped
+    and flipped in several ways. `labels` int64 [N]."""
+
+    def __init__(self, views, labels, seed=0):
+        self.views, self.labels, self.seed = views, labels, seed
+        self.features = views[0]
+        self.order = torch.Generator()  # of the DataLoader that shuffles
+
+    def __len__(self):
+        return len(self.labels)
+
+    def start_epoch(self, epoch):
+        """Draw the order of an epoch, counted from 0, and take its view: functions of the seed and the epoch."""
+        self.order.manual_seed(common.key_seed(self.seed, "order", epoch))
+        self.features = self.views[epoch % len(self.views)]
+
+    def __getitems__(self, indices):
+        """Return the features [B, values] and labels [B] of a list of indices: what a DataLoader calls."""
+        index = torch.tensor(indices, device=self.labels.device)
+        return self.features[index], self.labels[index]
 
 
-def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
-    """Train on each of the `batches` (features, labels) once, with the learning rate that `rates` has for it.
+def make_optimizer(model, options):
+    """Return AdamW."""
+    # The learning rate here is only the first one: train_epoch sets it at every step.
+    return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
+
+
+def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
+    """Train on each batch of `loader` once, with the learning rate that the list `rates` has for it.
 
     Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
-    each step wait."""
+    each step wait for the GPU."""
     model.train()
     steps = []
-    for rate, (features, labels) in zip(rates, batches):
+    # disable=None: no progress bar where the output is a file.
+    bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
+    # The loader comes first: zip then asks it for the batch that is not there, and so Accelerate sees its end.
+    for (features, labels), rate in zip(bar, rates):
+        # features: float16 [B, values]; labels: int64 [B].
+        # The schedule is a function of the step, so there is no scheduler whose state had to be saved. An
+        # optimiser has a rate for each group of parameters; here they are all alike.
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate  # without this line: a scheduler of torch's, see `train`
 
         logits = model(features)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
+        # loss.backward(), but scaled up under fp16, whose smallest gradients would become 0, and with several
+        # processes the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
@@ -90,97 +136,129 @@ def train_epoch(accelerator, model, optimizer, batches, rates, label_smoothing):
     return steps
 
 
-def prepare(args, data, features, accelerator):
-    """Return what a run trains with: model, optimizer, batches, and the features of each split, on the device.
+def prepare(options, data, features, accelerator):
+    """Return what a run trains with: model, optimizer, the training loader, and a dict of val's and test's loaders.
 
     `features`: of each split a list of float16 [N, values], of "train" one for each view."""
-    device = accelerator.device
-    std, mean = torch.std_mean(features["train"][0].float(), 0)  # of the first view
-    model = LinearProbe(len(data.classes), mean, std.clamp(min=1e-6)).to(device)
-    optimizer = make_optimizer(model, args)
+    first = features["train"][0].float()
+    model = LinearProbe(first.shape[1], len(data.classes))
+    std, model.mean[:] = torch.std_mean(first, 0)
+    model.std[:] = std.clamp(min=1e-6)  # where a value is the same for all images
+    model.to(accelerator.device)
+    optimizer = make_optimizer(model, options)
+    # With several processes Accelerate joins their gradients.
     model, optimizer = accelerator.prepare(model, optimizer)
-    views = [view.to(device) for view in features["train"]]
 
-    def inputs(index, epoch):
-        return views[epoch % len(views)][index]  # one an epoch, in turn
+    loaders = {}
+    for split, views in features.items():
+        views = [view.to(accelerator.device) for view in views]
+        dataset = FeatureDataset(views, data.labels[split].to(accelerator.device), options.seed)
+        if split == "train":
+            train_loader = common.training_loader(accelerator, dataset, options.batch_size)
+        else:
+            loaders[split] = common.evaluation_loader(accelerator, dataset)
+    return model, optimizer, train_loader, loaders
 
-    labels = data.labels["train"].to(device)
-    batches = common.Batches(accelerator, inputs, labels, args.batch_size, args.seed)
-    evaluated = {name: of_split[0].to(device) for name, of_split in features.items()}
-    return model, optimizer, batches, evaluated
 
-
-def train(args, config, data, features, accelerator):
-    """Train one run into its folder; `features` as `prepare` takes them."""
-    model, optimizer, batches, features = prepare(args, data, features, accelerator)
-
-    def predict(split):
-        return common.predict(accelerator, model, features[split].__getitem__, len(features[split]))
-
-    with common.Run(accelerator, config, data, model, optimizer) as run:
+def train(options, data, features, about, accelerator):
+    """Train one run into its folder, or what is missing of it; `features` and `about` as in `main`."""
+    model, optimizer, train_loader, loaders = prepare(options, data, features, accelerator)
+    config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
+    # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
+    with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
-            rates = common.learning_rates(args, len(batches), epoch)
+            # The order of this epoch, and its view, are functions of the seed and the epoch: so a run that was
+            # stopped goes on as if it had not been.
+            train_loader.dataset.start_epoch(epoch)
+            rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(
-                accelerator, model, optimizer, batches.epoch(epoch), rates, args.label_smoothing
+                accelerator,
+                model,
+                optimizer,
+                train_loader,
+                rates,
+                options.label_smoothing,
             )
-            # Logs the epoch (weights and gradients too), keeps the best weights, and saves a checkpoint.
-            run.end_epoch(steps, predict("val"))
-        run.finish(predict)
+            val_logits = common.predict(accelerator, model, loaders["val"])
+            val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
+            # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
+
+            # TensorBoard, with weights and gradients; keeps the weights if this is the best epoch by validation; saves
+            # a checkpoint. To stop early, `break` after it.
+            run.end_epoch(steps, val)
+        # The best epoch's weights come back; only now, and only once, the test images. False: all this is there.
+        if run.restore_best_weights():
+            logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
+            run.finish(logits, data.labels)
 
 
-def sanity_check(args, data, features, accelerator):
+def sanity_check(options, data, features, about, accelerator):
     """Overfit four batches; returns the exit code, 0 if that works, else 1."""
-    args = argparse.Namespace(**vars(args) | {"epochs": 60})
-    model, optimizer, batches, _ = prepare(args, data, features, accelerator)
-    few = list(itertools.islice(batches.epoch(0), 4))  # always the same
-    for epoch in tqdm(range(args.epochs), "sanity check", leave=False, disable=None):
-        rates = common.learning_rates(args, len(few), epoch)
+    # A model that cannot learn 256 images by heart has a fault in its code, not too few images.
+    few_options = argparse.Namespace(**vars(options) | {"epochs": 60})
+    model, optimizer, train_loader, _ = prepare(few_options, data, features, accelerator)
+    config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
+    train_loader.dataset.start_epoch(0)
+    few = list(itertools.islice(train_loader, 4))  # always the same four
+    for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
+        rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
-    return common.report_sanity_check(accelerator, model, few)
-
-
-def values(choice):
-    """Return the number of values of one of FEATURES."""
-    return WIDTH * {"class": 1, "last": 2}.get(choice, 1 + 9)
+    return common.end_sanity_check(accelerator, config, model, few)
 
 
 class Backbone(nn.Module):
-    """The frozen ViT-Tiny: images float32 [B, 1 or 3, S, S], values 0 to 1 -> features float16 [B, values].
+    """The frozen ViT: images float32 [B, 1 or 3, S, S], values 0 to 1 -> features float16 [B, values].
 
-    The features of several `choices` stand side by side, so that one pass gives them all."""
+    The features of several `choices` stand side by side, so that one pass gives them all; `lengths` are their numbers
+    of values. Raises UserError for a block that the ViT does not have."""
 
     def __init__(self, vit, choices, precision):
         super().__init__()
-        self.vit, self.choices, self.precision = vit, choices, precision
+        from timm.data import resolve_model_data_config
+
+        self.vit, self.choices = vit, choices
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        # Images are normalised as those were that the weights were trained with.
+        config = resolve_model_data_config(vit)
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+        self.last = len(vit.blocks) - 1
+        # The class token; two vectors; or the class token and a vector for each of 3 x 3 fields of the image.
+        self.lengths = [vit.embed_dim * {"class": 1, "last": 2}.get(choice, 1 + 9) for choice in choices]
+        self.blocks = [int(choice[4:]) if "grid" in choice else self.last for choice in choices]
+        if max(self.blocks) > self.last:
+            raise UserError(
+                f"--features: {BACKBONE} has blocks 0 to {self.last}: give grid0 to grid{self.last}"
+            )
 
     @torch.no_grad()
     def forward(self, images):
-        images = (images - 0.5) / 0.5  # what the weights were trained with
-        last = BLOCKS - 1
-        blocks = {choice: int(choice.removeprefix("grid")) for choice in self.choices if choice[:4] == "grid"}
-        wanted = sorted({last, *blocks.values()})
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        images = (images - self.mean) / self.std  # a grey picture so becomes three equal channels
+        wanted = sorted({self.last, *self.blocks})
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
             outputs = self.vit.forward_intermediates(
-                images.expand(-1, 3, -1, -1),  # grey pictures have three equal channels
+                images,
                 indices=wanted,
                 norm=True,
                 output_fmt="NLC",
                 return_prefix_tokens=True,
                 intermediates_only=True,
             )
-        tokens = {block: output[0].float() for block, output in zip(wanted, outputs)}
-        class_token = outputs[-1][1][:, 0].float()  # of the last block: the only prefix token
+        # Of each wanted block its patch tokens [B, patches, width] and its prefix tokens, of which the first is the
+        # class token.
+        patches = {block: output[0].float() for block, output in zip(wanted, outputs)}
+        class_token = outputs[-1][1][:, 0].float()  # of the last block
         features = []
-        for choice in self.choices:
+        for choice, block in zip(self.choices, self.blocks):
             features.append(class_token)
             if choice == "last":
-                features.append(tokens[last].mean(1))
-            elif choice in blocks:
-                patches = tokens[blocks[choice]]  # [B, patches, WIDTH]
-                side = math.isqrt(patches.shape[1])
-                grid = F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), 3)
-                features.append(grid.flatten(1))
+                # With the mean of the last patch tokens, as in DINOv2's linear evaluation.
+                features.append(patches[block].mean(1))
+            elif choice != "class":
+                # The patch tokens in their places, as a picture of 14 x 14 with 192 channels, averaged over 3 x 3
+                # fields: what a linear layer could not see in one vector, where something is.
+                picture = patches[block].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
+                features.append(F.adaptive_avg_pool2d(picture, 3).flatten(1))
         return torch.cat(features, 1).half()
 
 
@@ -188,6 +266,8 @@ def find_weights(named):
     """Return the file of the pretrained weights: `named`, else from the hub or its cache.
 
     Raises UserError where there is none."""
+    # Another backbone than ViT-Tiny has a variable of its own, such as DEIT_TINY_WEIGHTS.
+    named = named or os.environ.get(f"{NAME.upper()}_WEIGHTS")
     if named:
         if not Path(named).is_file():
             raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
@@ -216,28 +296,31 @@ def choose_backbone(accelerator, args):
     """Return the backbone's file (None: random weights), and what a run records of it.
 
     Where the weights are not to be had, recorded features stand in. Raises UserError where these do not do either."""
-    identity = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
+    backbone = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     if args.no_pretrained:
-        return None, identity
-    named = args.weights or os.environ.get("VIT_TINY_WEIGHTS")
+        return None, backbone
     with accelerator.local_main_process_first():
         try:
-            file = find_weights(named)
+            file = find_weights(args.weights)
         except UserError as error:
-            if named or not RECORDED.exists():
+            if "hub" not in str(error) or not RECORDED.exists():
                 raise
-            if args.views or args.image_size != 224 or set(args.features) - {"class", "grid6"}:
+            of_default = (
+                args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
+            )
+            if not of_default or NAME != "vit_tiny":
                 raise UserError(f"{error} ({RECORDED.name} has class and grid6 of 224 px only)") from None
             accelerator.print(f"{error}\nusing the recorded features of the default images, {RECORDED.name}")
             return RECORDED, common.load_tensors(RECORDED)[1]["backbone"] | {"weights": "recorded"}
-    return file, identity | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
+    return file, backbone | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
 
 
 def load_vit(file, image_size):
-    """Return ViT-Tiny without its head, frozen, in eval mode, from a weights file or (None) random.
+    """Return the ViT without its head, frozen, in eval mode, from a weights file or (None) with random weights.
 
     timm interpolates the position embeddings where `image_size` is not 224. Raises UserError for a file that does not
-    fit; it is loaded with its head, because only so does timm demand that nothing is missing."""
+    fit, and for an image size that is no multiple of a patch's. The file is loaded with its head, because only so does
+    timm demand that nothing is missing."""
     import timm
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # older timm lets a pickle run code
@@ -250,6 +333,10 @@ def load_vit(file, image_size):
     except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
         why = common.brief(error)
         raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
+    if image_size % vit.patch_embed.patch_size[0]:
+        raise UserError(
+            f"--image-size {image_size}: the ViT needs a multiple of {vit.patch_embed.patch_size[0]}"
+        )
     vit.reset_classifier(0)  # without its head
     return vit.eval().requires_grad_(False)
 
@@ -270,87 +357,91 @@ def read_cache(file):
         return tensors["features"], meta["seconds"]
 
 
-def extract(args, data, name, view, backbone, identity, accelerator):
-    """Return of each of the backbone's choices the features of a split, float16 [N, values], and their seconds.
+def extract(options, data, split, view, network, backbone, accelerator):
+    """Yield each choice of `network`, a Backbone, with the features of a split, float16 [N, values], and their seconds.
 
     `view`: None for the plain images, else the number of an augmentation. What is finished is kept under features/, a
-    file for each choice and PART of the images; what is missing comes from one pass of the backbone."""
+    file for each choice and PART of the images; what is missing comes from one pass of the network."""
     import timm
 
-    pixels, device = data.pixels[name].to(accelerator.device), accelerator.device
-    images = common.Images(pixels, vars(args), args.image_size)
-    # All that the features depend on; a run records only `identity` of it.
-    key = [identity, data.description["sha256"][name], args.image_size, backbone.precision, device.type]
-    key += [torch.__version__, timm.__version__]
-    if view is not None:
-        key += [view, args.seed, args.crop_scale, common.CROP_RATIO, args.no_flip]
+    crops = {} if view is None else {key: getattr(options, key) for key in ("crop_scale", "no_flip", "seed")}
+    pixels = data.pixels[split].to(accelerator.device)
+    images = common.ImageDataset(pixels, data.labels[split], options.image_size, **crops)
+    images.start_epoch(view or 0)
+    # All that the features depend on, besides the pixels; a crop depends on the image's place among all.
+    key = [
+        backbone,
+        options.image_size,
+        str(network.dtype),
+        pixels.device.type,
+        torch.__version__,
+        timm.__version__,
+    ]
+    key += [crops, common.CROP_RATIO, view, len(images)]
     # On a CPU what fits its cache is fastest.
-    batch_size = 256 if device.type == "cuda" else 16
-    quiet = not accelerator.is_main_process or None
-    bar = tqdm(total=len(pixels), desc=f"features of {name}", leave=False, delay=1, disable=quiet)
+    batch_size = 256 if pixels.device.type == "cuda" else 16
     parts = []
-    for start in range(0, len(pixels), PART):
-        part = torch.arange(start, min(start + PART, len(pixels)), device=device)
+    quiet = not accelerator.is_main_process or None
+    bar = tqdm(total=len(images), desc=f"features of {split}", leave=False, delay=1, disable=quiet)
+    for start in range(0, len(images), PART):
+        part = Subset(images, range(start, min(start + PART, len(images))))
+        content = common.sha256(pixels[start : start + PART].cpu().numpy().tobytes())
         files = []
-        for choice in backbone.choices:
-            digest = common.sha256(json.dumps([*key, start, choice]).encode())
+        for choice in network.choices:
+            digest = common.sha256(json.dumps([*key, start, content, choice]).encode())
             files.append(CACHE / f"{digest[:24]}.safetensors")
         cached = [read_cache(file) for file in files]
         if None in cached:  # one pass gives them all
-
-            def inputs(index, part=part):
-                bar.update(len(index) * accelerator.num_processes)
-                index = part[index]
-                return images.plain(index) if view is None else images.augmented(index, view)
-
             began = time.perf_counter()
-            output = common.predict(accelerator, backbone, inputs, len(part), batch_size).half()
+            loader = common.evaluation_loader(accelerator, part, batch_size)
+            output = common.predict(accelerator, network, loader).half()
             seconds = time.perf_counter() - began
-            lengths = [values(choice) for choice in backbone.choices]
-            cached = [(features, seconds) for features in output.split(lengths, 1)]
+            cached = [(features, seconds) for features in output.split(network.lengths, 1)]
             if accelerator.is_main_process:
                 CACHE.mkdir(exist_ok=True)
                 for file, (features, _) in zip(files, cached):
                     common.save_tensors(file, {"features": features}, {"seconds": seconds})
         parts.append(cached)
+        bar.update(len(part))
     bar.close()
-    joined = {}
-    for choice, of_choice in zip(backbone.choices, zip(*parts)):
+    for choice, of_choice in zip(network.choices, zip(*parts)):
         features, seconds = zip(*of_choice)
-        joined[choice] = torch.cat(features), sum(seconds)
-    return joined
+        yield choice, torch.cat(features), sum(seconds)
 
 
-def extract_all(args, data, backbone, identity, accelerator):
+def extract_all(options, data, network, backbone, accelerator):
     """Return of each choice the features as `prepare` takes them, and the seconds they took, those of test/ aside."""
-    features, seconds = {choice: {} for choice in backbone.choices}, Counter()
-    for name in data.pixels:
-        views = range(args.views) if args.views and name == "train" else [None]  # None: the plain image
+    features, seconds = {choice: {} for choice in network.choices}, Counter()
+    for split in data.pixels:
+        views = (
+            range(options.views) if options.views and split == "train" else [None]
+        )  # None: the plain image
         for view in views:
-            extracted = extract(args, data, name, view, backbone, identity, accelerator)
-            for choice, (x, took) in extracted.items():
-                features[choice].setdefault(name, []).append(x)
-                seconds[choice] += took if name != "test" else 0
+            for choice, values, took in extract(options, data, split, view, network, backbone, accelerator):
+                features[choice].setdefault(split, []).append(values)
+                seconds[choice] += took if split != "test" else 0
     return features, seconds
 
 
 def recorded_features(data, choices):
     """Return the features of the default images from vit_features.safetensors, as `extract_all` does.
 
-    A byte holds two values of 4 bits, with a scale and an offset for each dimension. Raises UserError for others."""
+    A byte holds two values of 4 bits, with a scale and an offset for each value. Raises UserError for other images."""
     tensors, meta = common.load_tensors(RECORDED)
     features = {choice: {} for choice in choices}
-    for name in data.pixels:
-        if meta["images"].get(name) != data.description["sha256"][name]:
+    for split in data.pixels:
+        if meta["images"].get(split) != data.description["sha256"][split]:
             raise UserError(
                 f"{RECORDED.name}: has the features of the default images only, and the weights could not be "
                 "fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
             )
-        pairs = tensors[name]
+        pairs = tensors[split]
         integers = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1)
-        x = (integers * tensors["scale"] + tensors["offset"]).half()
+        values = (integers * tensors["scale"] + tensors["offset"]).half()
         for choice in choices:
-            features[choice][name] = [x[:, : values(choice)]]  # grid6 begins with the class token
+            # The class token stands first, a tenth of all: the grid has nine vectors more.
+            length = values.shape[1] // (10 if choice == "class" else 1)
+            features[choice][split] = [values[:, :length]]
     return features, Counter()
 
 
@@ -360,31 +451,34 @@ def load_classifier(run, weights=None):
     `classify(images)` takes file names, a folder, PIL images or NumPy arrays, and gives for each image a dict from
     class name to probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError
     for a folder of another model, other weights, and files that are no images."""
-    from accelerate import PartialState
-
     config = common.read_json(Path(run) / "config.json")
-    choice, backbone = config["features"], config["backbone"]
+    backbone = config["backbone"]
     if not backbone:
         raise UserError(f"{run}: is no probe: use train_cnn.load_classifier")
-    size = values(choice)
-    model = LinearProbe(len(config["data"]["classes"]), torch.zeros(size), torch.ones(size))
-    random = backbone["weights"] == "random"  # drawn again from the seed
-    file = None if random else find_weights(weights or os.environ.get("VIT_TINY_WEIGHTS"))
+    # Random weights are drawn again from their seed.
+    file = None if backbone["weights"] == "random" else find_weights(weights)
     if file and common.sha256(file.read_bytes()) != backbone["sha256"]:
         raise UserError(f"{file}: not the weights that {run} was trained with: give those")
-    precision = config["environments"][-1]["precision"]
     vit = load_vit(file, config["data"]["image_size"])
-    device = PartialState().device
-    network = nn.Sequential(Backbone(vit, [choice], precision), model).to(device).eval()
-    return common.make_classifier(run, config, model, lambda images: network(images.to(device)))
+    network = Backbone(vit, [config["features"]], config["environments"][-1]["precision"])
+    model = LinearProbe(*network.lengths, len(config["data"]["classes"]))
+    return common.make_classifier(run, config, model, network)
+
+
+def feature_name(text):
+    """Return `text` if it names features; else argparse says that it does not."""
+    if not re.fullmatch(r"class|last|grid\d+", text):
+        raise argparse.ArgumentTypeError(f"{text}: give class, last, or grid and the number of a block")
+    return text
 
 
 def make_parser():
-    parser = common.training_parser(__doc__, lr=5e-3, batch_size=32, image_size=224)
+    """Return the parser of the command line; common.py has the options that both scripts share."""
+    parser = common.training_parser(__doc__, lr=5e-3, image_size=224)
     add = parser.add_argument
     add(
         "--features",
-        choices=FEATURES,
+        type=feature_name,
         nargs="+",
         default=["class"],
         metavar="NAME",
@@ -398,54 +492,57 @@ def make_parser():
     return parser
 
 
-def make_configs(runs, parser, data, identity, accelerator):
-    """Return what config.json says of each run."""
-    configs = []
-    for args in runs:
-        size = values(args.features)
-        model = LinearProbe(len(data.classes), torch.zeros(size), torch.ones(size))
-        kind = identity["weights"].replace("pretrained", "")
-        name = common.model_name(args, parser, f"ViT-Tiny-{args.features}-{kind}".strip("-"))
-        if args.name and len({run.features for run in runs}) > 1:
-            name += f" {args.features}"
-        optimizer = make_optimizer(model, args)
-        config = common.make_config(args, accelerator, data, name, __file__, model, optimizer)
-        config["features"], config["backbone"] = args.features, identity
-        config["parameters"] += identity["parameters"]  # the frozen ones
-        configs.append(config)
-    return configs
+def name_models(settings, parser, kind):
+    """Set the model's name in the options of each run; `kind`: pretrained, random or recorded."""
+    several = len({options.features for options in settings}) > 1
+    for options in settings:
+        base = f"{NAME.replace('vit_tiny', 'ViT-Tiny')}-{options.features}-{kind}".removesuffix("-pretrained")
+        # The base says these two, so they do not come again as options.
+        parser.set_defaults(features=options.features, no_pretrained=options.no_pretrained)
+        options.model = common.model_name(options, parser, base)
+        if options.name and several:
+            options.model += f"-{options.features}"
 
 
 def main():
+    """Train a run for each combination of the options that take several values."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.image_size % 16 or args.image_size < 32:
-        raise UserError(f"--image-size {args.image_size}: the ViT needs a multiple of 16, at least 32")
     accelerator = common.make_accelerator(args.mixed_precision)
+    file, backbone = choose_backbone(accelerator, args)
+    accelerator.print(f"backbone {BACKBONE}, {backbone['weights']} ({backbone['sha256'][:12]})")
+    del args.weights  # models are told apart by the weights' hash, not by their place
+    settings = common.each_setting(args, "features", "lr", "schedule", "seed")
+    name_models(settings, parser, backbone["weights"])
+    if not args.sanity_check:
+        common.check_folders(accelerator, settings)
     data = common.open_data(accelerator, args)
-    file, identity = choose_backbone(accelerator, args)
-    accelerator.print(f"backbone {BACKBONE}, {identity['weights']} ({identity['sha256'][:12]})")
     choices = list(dict.fromkeys(args.features))
     features = None
-    if identity["weights"] == "recorded":
+    if backbone["weights"] == "recorded":
         features, seconds = recorded_features(data, choices)
     else:
-        backbone = open_backbone(file, choices, args.image_size, accelerator)
-        identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
-    runs = common.each_run(args, "features", "lr", "schedule", "seed")
-    configs = make_configs(runs, parser, data, identity, accelerator)
-    if not args.sanity_check:
-        common.check_runs(accelerator, configs, args.resume)
-    for one, config in zip(runs, configs):
+        network = open_backbone(file, choices, args.image_size, accelerator)
+        backbone["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+        backbone |= {key: getattr(network, key).flatten().tolist() for key in ("mean", "std")}
+    exit_code = 0
+    for options in settings:
         if features is None or args.views:  # the crops of views depend on the seed
-            features, seconds = extract_all(one, data, backbone, identity, accelerator)
+            features, seconds = extract_all(options, data, network, backbone, accelerator)
+        choice = options.features
+        # What config.json says of the features, besides the options.
+        about = {"features": choice, "backbone": backbone, "feature_seconds": round(seconds[choice], 3)}
         if args.sanity_check:
-            return sanity_check(one, data, features[one.features], accelerator)
-        config["feature_seconds"] = round(seconds[one.features], 3)
-        train(one, config, data, features[one.features], accelerator)
-        accelerator.free_memory()  # or it keeps each model
-    accelerator.wait_for_everyone()  # the others may still exchange data with this process
-    return 0
+            return sanity_check(options, data, features[choice], about, accelerator)
+        try:
+            train(options, data, features[choice], about, accelerator)
+        except UserError as error:  # of this run: the others are trained all the same
+            exit_code = common.complain(error)
+        # Accelerate keeps all that it prepared: without this line the memory of each run stays taken.
+        accelerator.free_memory()
+    # A process that left now would break off what the others still exchange with it.
+    accelerator.wait_for_everyone()
+    return exit_code
 
 
 if __name__ == "__main__":
