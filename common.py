@@ -29,7 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -489,9 +494,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     except OSError as error:
-        code = complain(
-            f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk"
-        )
+        code = complain(f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk")
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
@@ -566,9 +569,6 @@ def each_setting(args, *keys):
 
 def make_accelerator(mixed_precision=None):
     """Return an Accelerator, by default in bf16 where that is native. Raises UserError for unsupported settings."""
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.state import AcceleratorState
-
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # forget a notebook's earlier one
@@ -613,10 +613,10 @@ def environment(accelerator):
     device = f"cpu ({device}, {os.cpu_count()} cores)"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
-    imported = sys.modules.keys() & {"torch", "timm", "accelerate"}
+    imported = [name for name in ("torch", "accelerate", "timm") if name in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in imported}
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: sys.modules[name].__version__ for name in sorted(imported)},
+        "versions": {"python": platform.python_version(), **versions},
         "device": device,
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
@@ -661,8 +661,6 @@ def damaged(path, error):
 
 def load_tensors(path):
     """Return a safetensors file's tensors, a dict, and the JSON object in its metadata; UserError if damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
@@ -673,8 +671,6 @@ def load_tensors(path):
 
 def save_tensors(path, tensors, meta):
     """Write a dict of tensors and a JSON-able dict as one safetensors file, atomically."""
-    from safetensors.torch import save
-
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     atomic_write(path, save(tensors, {"json": json.dumps(meta)}))
 
@@ -728,15 +724,7 @@ def check_folders(accelerator, settings):
 
 
 def make_config(
-    accelerator,
-    options,
-    data,
-    script,
-    model,
-    optimizer,
-    features="pixels",
-    backbone=None,
-    feature_seconds=0.0,
+    accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, feature_seconds=0.0
 ):
     """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
 
@@ -824,8 +812,6 @@ class Run:
     checkpoint that is damaged or does not fit."""
 
     def __init__(self, accelerator, config, model, optimizer, **others):
-        from accelerate.utils import broadcast_object_list
-
         self.accelerator, self.config = accelerator, config
         self.path = run_folder(argparse.Namespace(**config))
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -914,8 +900,6 @@ class Run:
 
     def remaining_epochs(self):
         """Yield the numbers, from 0, of the epochs still to be trained, with all random generators seeded."""
-        from accelerate.utils import set_seed
-
         process = self.accelerator.process_index
         for epoch in range(len(self.history), 0 if self.ended else self.config["epochs"]):
             set_seed(key_seed(self.config["seed"], "epoch", epoch, process) % 2**32)

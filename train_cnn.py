@@ -166,14 +166,7 @@ def train(options, data, accelerator):
             # stopped goes on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
-            steps = train_epoch(
-                accelerator,
-                model,
-                optimizer,
-                train_loader,
-                rates,
-                options.label_smoothing,
-            )
+            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
             val_logits = common.predict(accelerator, model, loaders["val"])
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.

@@ -42,6 +42,7 @@ from common import UserError
 # blocks, its width, and mean and standard deviation of its input are asked of the model.
 BACKBONE = "vit_tiny_patch16_224"
 NAME = BACKBONE.partition("_patch")[0]  # "vit_tiny"
+VARIABLE = f"{NAME.upper()}_WEIGHTS"  # of the environment: another backbone has another one, such as DEIT_TINY_WEIGHTS
 RECORDED = common.HERE / "vit_features.safetensors"
 CACHE = Path("features")
 PART = 256  # images in a file of the cache: what an interruption can cost
@@ -171,14 +172,7 @@ def train(options, data, features, about, accelerator):
             # stopped goes on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
-            steps = train_epoch(
-                accelerator,
-                model,
-                optimizer,
-                train_loader,
-                rates,
-                options.label_smoothing,
-            )
+            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
             val_logits = common.predict(accelerator, model, loaders["val"])
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
@@ -266,8 +260,6 @@ def find_weights(named):
     """Return the file of the pretrained weights: `named`, else from the hub or its cache.
 
     Raises UserError where there is none."""
-    # Another backbone than ViT-Tiny has a variable of its own, such as DEIT_TINY_WEIGHTS.
-    named = named or os.environ.get(f"{NAME.upper()}_WEIGHTS")
     if named:
         if not Path(named).is_file():
             raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
@@ -299,11 +291,12 @@ def choose_backbone(accelerator, args):
     backbone = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     if args.no_pretrained:
         return None, backbone
+    named = args.weights or os.environ.get(VARIABLE)
     with accelerator.local_main_process_first():
         try:
-            file = find_weights(args.weights)
+            file = find_weights(named)
         except UserError as error:
-            if "hub" not in str(error) or not RECORDED.exists():
+            if named or not RECORDED.exists():
                 raise
             of_default = (
                 args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
@@ -456,7 +449,7 @@ def load_classifier(run, weights=None):
     if not backbone:
         raise UserError(f"{run}: is no probe: use train_cnn.load_classifier")
     # Random weights are drawn again from their seed.
-    file = None if backbone["weights"] == "random" else find_weights(weights)
+    file = None if backbone["weights"] == "random" else find_weights(weights or os.environ.get(VARIABLE))
     if file and common.sha256(file.read_bytes()) != backbone["sha256"]:
         raise UserError(f"{file}: not the weights that {run} was trained with: give those")
     vit = load_vit(file, config["data"]["image_size"])
