@@ -494,7 +494,8 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     except OSError as error:
-        code = complain(f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk")
+        where = error.filename or "writing"
+        code = complain(f"{where}: {error.strerror or error}: check the path and the disk")
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
@@ -724,7 +725,7 @@ def check_folders(accelerator, settings):
 
 
 def make_config(
-    accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, feature_seconds=0.0
+    accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0
 ):
     """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
 
@@ -754,7 +755,7 @@ def make_config(
         "backbone": backbone,
         "parameters": frozen + sum(parameter.numel() for parameter in network.parameters()),
         "trained": sum(parameter.numel() for parameter in trained),
-        "feature_seconds": feature_seconds,
+        "feature_seconds": seconds,
         "options": options,
         "data": data.description,
         "identity": identity,

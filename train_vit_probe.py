@@ -524,7 +524,7 @@ def main():
             features, seconds = extract_all(options, data, network, backbone, accelerator)
         choice = options.features
         # What config.json says of the features, besides the options.
-        about = {"features": choice, "backbone": backbone, "feature_seconds": round(seconds[choice], 3)}
+        about = {"features": choice, "backbone": backbone, "seconds": round(seconds[choice], 3)}
         if args.sanity_check:
             return sanity_check(options, data, features[choice], about, accelerator)
         try:
