@@ -21,9 +21,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -239,15 +238,10 @@ def stack_images(images, side, channels):
     return pixels.view(-1, side, side, channels).permute(0, 3, 1, 2).contiguous()
 
 
-@dataclass
-class Data:
-    """An ImageFolder in memory."""
-
-    pixels: dict  # "train", "val" and, if there are test images, "test" -> uint8 [N, C, S, S]
-    labels: dict  # the same -> int64 [N]
-    classes: list  # their names
-    image_size: int  # side of the model's input
-    description: dict  # what config.json records
+# An ImageFolder in memory: `pixels` and `labels` are dicts from "train", "val" and, if there are test images, "test" to
+# uint8 [N, C, S, S] and int64 [N]; `classes` are their names, `image_size` is the side of the model's input,
+# `description` is what config.json records.
+Data = namedtuple("Data", "pixels labels classes image_size description")
 
 
 def find_images(folder, classes):
@@ -321,6 +315,27 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     return Data(pixels, labels, classes, image_size, description)
 
 
+def describe_data(about):
+    """Return a data set in words, a list of lines; `about`: the description of its Data."""
+    counts = about["counts"]
+    width, height = about["mean_size"]
+    size = about["image_size"]
+    lines = [
+        f"{len(about['classes'])} classes; images: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
+        f"images of {width:g}x{height:g} px on average, trained at {size}x{size}",
+    ]
+    if about["skipped"]:
+        lines.append(
+            f"skipped, outside class folders or not read by Pillow: {list_suffixes(about['skipped'])}"
+        )
+    for name, n in about["repeated"].items():
+        if n:
+            lines.append(f"{n} of {counts[name]:,} {name} images are in another split, too")
+    if n := about["single_colour"]:
+        lines.append(f"{n:,} of {counts['train']:,} train images have a single colour: look at them")
+    return lines
+
+
 def open_data(accelerator, args):
     """Load --data-dir (the default data are made if missing), print a summary, and check --batch-size."""
     with accelerator.local_main_process_first():
@@ -334,23 +349,8 @@ def open_data(accelerator, args):
             if subprocess.run([sys.executable, script]).returncode:
                 raise UserError(f"{DATA_DIR}/: could not be made: give --data-dir")
     data = load_data(args.data_dir, args.image_size)
-    about = data.description
-    counts = about["counts"]
-    width, height = about["mean_size"]
-    lines = [
-        f"{len(data.classes)} classes; images: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
-        f"images of {width:g}x{height:g} px on average, trained at {data.image_size}x{data.image_size}",
-    ]
-    if about["skipped"]:
-        lines.append(
-            f"skipped, outside class folders or not read by Pillow: {list_suffixes(about['skipped'])}"
-        )
-    for name, n in about["repeated"].items():
-        if n:
-            lines.append(f"{n} of {counts[name]:,} {name} images are in another split, too")
-    n, batch_size, processes = counts["train"], args.batch_size, accelerator.num_processes
-    if about["single_colour"]:
-        lines.append(f"{about['single_colour']:,} of {n:,} train images have a single colour: look at them")
+    lines = describe_data(data.description)
+    n, batch_size, processes = len(data.labels["train"]), args.batch_size, accelerator.num_processes
     # Batch normalisation needs two images in each process.
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
@@ -842,23 +842,12 @@ class Run:
             opened.close()
 
     def check_model(self):
-        """Raise UserError where the model's folder holds runs of another model; say where only the script differs."""
-        changed = set()
+        """Raise UserError where the model's folder holds runs of another model."""
         for file in sorted(self.path.parent.glob("*/config.json")):
-            if not is_started(file.parent):
-                continue  # stopped in its first epoch: nothing of it counts
-            earlier = read_json(file)
-            found = differences(
-                earlier.get("identity", {"network": "of older scripts"}), self.config["identity"]
-            )
-            if found:
-                raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
-            changed |= self.config["scripts"][-1].items() - earlier["scripts"][-1].items()
-        if changed:
-            names = ", ".join(sorted(name for name, _ in changed))
-            self.accelerator.print(
-                f"{self.path.parent}: changed since: {names}; --name if results can differ"
-            )
+            if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
+                identity = read_json(file).get("identity", {"network": "of older scripts"})
+                if found := differences(identity, self.config["identity"]):
+                    raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
 
     def read(self):
         """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
@@ -1033,7 +1022,7 @@ def make_classifier(run, config, model, backbone=None):
             pixels = stack_images(fitted, data["side"], data["channels"]).to(device)
             logits = network(resize(pixels / 255, data["image_size"]))
             for row in logits.float().softmax(1).tolist():
-                results.append(dict(sorted(zip(data["classes"], row), key=lambda pair: -pair[1])))
+                results.append(dict(Counter(dict(zip(data["classes"], row))).most_common()))
         return results
 
     return classify
