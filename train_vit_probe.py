@@ -337,18 +337,11 @@ def load_vit(file, image_size):
     return vit.eval().requires_grad_(False)
 
 
-def read_cache(file):
-    """Return features float16 [n, values] and the seconds that they took; None for a missing or damaged file."""
-    with contextlib.suppress(UserError, FileNotFoundError):
-        tensors, meta = common.load_tensors(file)
-        return tensors["features"], meta["seconds"]
-
-
 def extract(options, data, split, view, network, backbone, accelerator):
-    """Yield each choice of `network`, a Backbone, with the features of a split, float16 [N, values], and their seconds.
+    """Return the features of a split as a list of parts, each two dicts: choice -> float16 [n, values], and -> seconds.
 
-    `view`: None for the plain images, else the number of an augmentation. What is finished is kept under features/, a
-    file for each choice and PART of the images; what is missing comes from one pass of the network."""
+    `view`: None for the plain images, else the number of an augmentation; `network`: a Backbone, which gives all of its
+    choices in one pass. What is finished is kept under features/, a file for each PART of the images."""
     import timm
 
     crops = {} if view is None else {key: getattr(options, key) for key in ("crop_scale", "no_flip", "seed")}
@@ -367,33 +360,29 @@ def extract(options, data, split, view, network, backbone, accelerator):
     key += [crops, common.CROP_RATIO, view, len(images)]
     # On a CPU what fits its cache is fastest.
     batch_size = 256 if pixels.device.type == "cuda" else 16
-    parts = []
     quiet = not accelerator.is_main_process or None
-    bar = tqdm(total=len(images), desc=f"features of {split}", leave=False, delay=1, disable=quiet)
-    for start in range(0, len(images), PART):
-        part = Subset(images, range(start, min(start + PART, len(images))))
+    parts = []
+    for start in tqdm(
+        range(0, len(images), PART), f"features of {split}", leave=False, delay=1, disable=quiet
+    ):
         content = common.sha256(pixels[start : start + PART].cpu().numpy().tobytes())
-        files = []
-        for choice in network.choices:
-            digest = common.sha256(json.dumps([*key, start, content, choice]).encode())
-            files.append(CACHE / f"{digest[:24]}.safetensors")
-        cached = [read_cache(file) for file in files]
-        if None in cached:  # one pass gives them all
+        digest = common.sha256(json.dumps([*key, start, content]).encode())
+        file = CACHE / f"{digest[:24]}.safetensors"
+        features, seconds = {}, {}
+        with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or not there: computed again
+            features, seconds = common.load_tensors(file)
+        if not features.keys() >= set(network.choices):
             began = time.perf_counter()
+            part = Subset(images, range(start, min(start + PART, len(images))))
             loader = common.evaluation_loader(accelerator, part, batch_size)
             output = common.predict(accelerator, network, loader).half()
-            seconds = time.perf_counter() - began
-            cached = [(features, seconds) for features in output.split(network.lengths, 1)]
+            features |= zip(network.choices, output.split(network.lengths, 1))
+            seconds |= dict.fromkeys(network.choices, time.perf_counter() - began)
             if accelerator.is_main_process:
                 CACHE.mkdir(exist_ok=True)
-                for file, (features, _) in zip(files, cached):
-                    common.save_tensors(file, {"features": features}, {"seconds": seconds})
-        parts.append(cached)
-        bar.update(len(part))
-    bar.close()
-    for choice, of_choice in zip(network.choices, zip(*parts)):
-        features, seconds = zip(*of_choice)
-        yield choice, torch.cat(features), sum(seconds)
+                common.save_tensors(file, features, seconds)
+        parts.append((features, seconds))
+    return parts
 
 
 def extract_all(options, data, network, backbone, accelerator):
@@ -404,9 +393,12 @@ def extract_all(options, data, network, backbone, accelerator):
             range(options.views) if options.views and split == "train" else [None]
         )  # None: the plain image
         for view in views:
-            for choice, values, took in extract(options, data, split, view, network, backbone, accelerator):
+            parts = extract(options, data, split, view, network, backbone, accelerator)
+            for choice in network.choices:
+                values = torch.cat([of_part[choice] for of_part, _ in parts])
                 features[choice].setdefault(split, []).append(values)
-                seconds[choice] += took if split != "test" else 0
+                if split != "test":
+                    seconds[choice] += sum(of_part[choice] for _, of_part in parts)
     return features, seconds
 
 
