@@ -3,8 +3,8 @@
 Read train_cnn.py first; this file is for looking things up. The way of an image: a file -> one uint8 tensor of the
 whole split in memory -> an ImageDataset, which gives a whole batch at once, cropped, flipped and resized on the device
 -> a DataLoader, which has the order, and which Accelerate shards over the processes -> the model, which normalises its
-own input. Every random number is a pure function of (seed, epoch) or (seed, epoch, image): a resumed run equals an
-uninterrupted one, bit for bit."""
+own input. Random numbers depend on the seed and, during training, on the epoch and the image's number, on nothing
+before: so on a CPU a resumed run equals an uninterrupted one, bit for bit."""
 
 import argparse
 import contextlib
@@ -52,8 +52,8 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------- seeding
 def key_seed(*key):
     """Return a 63-bit seed that is a pure function of `key` (numbers and strings)."""
-    # Hashed, because neighbours such as seed + epoch would give seed 1 what seed 0 had an epoch later. Python's own
-    # generator hashes a text (SHA-512); hash() would differ from process to process.
+    # Hashed, because a sum such as seed + epoch would give seed 1 what seed 0 has an epoch later. Python's generator
+    # hashes a text with SHA-512; hash() would give other numbers in each process.
     return random.Random(repr(key)).getrandbits(63)
 
 
@@ -63,7 +63,8 @@ def generator(*key):
 
 
 # ---------------------------------------------------------------------------------------------- transforms
-# What this section does to the images of a split is, by torchvision's names:
+# What this section and `read_images` do to the images of a split is, by torchvision's names (`side`: at which images
+# are stored, `size`: of the model's input; training images are cropped from the stored ones):
 #
 #     train = Compose([
 #         RandomResizedCrop(size, scale=(crop_scale, 1), ratio=(1 / CROP_RATIO, CROP_RATIO)),
@@ -88,6 +89,7 @@ def random_resized_crop(n, side, scale, gen):
     int64 [n, 4] in pixels: top, left, height, width."""
     u = torch.rand(4, n, generator=gen, dtype=torch.float64)
     area = scale + (1 - scale) * u[0]
+    # A box of this area fits if its aspect ratio is at most 1 / area: in logarithms, at most -log(area).
     largest = (-area.log()).clamp(max=math.log(CROP_RATIO))
     aspect = torch.exp(largest * (2 * u[1] - 1))
     width = (side * torch.sqrt(area * aspect)).round().clamp(1, side)
@@ -110,6 +112,7 @@ def crop_matrices(boxes, flips, side):
     (left, top) to 1. So [[1, 0, 0], [0, 1, 0]] is the identity, [[-1, 0, 0], [0, 1, 0]] a horizontal flip, and
     [[0.5, 0, -0.5], [0, 1, 0]] the image's left half, stretched to its whole width."""
     top, left, height, width = boxes.float().unbind(1)
+    # Scale: the box's share of the image's side. Shift: the middle of the box, in places from -1 to 1.
     matrices = torch.zeros(len(boxes), 2, 3)
     matrices[:, 0, 0] = torch.where(flips, -width, width) / side
     matrices[:, 0, 2] = (2 * left + width) / side - 1
@@ -369,13 +372,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, pixels, labels, size, crop_scale=None, no_flip=False, seed=0):
         self.pixels, self.labels, self.size = pixels, labels, size
         self.crop_scale, self.no_flip, self.seed = crop_scale, no_flip, seed
-        self.order = torch.Generator()  # of the DataLoader that shuffles
+        self.order = torch.Generator()  # by which the DataLoader shuffles
 
     def __len__(self):
         return len(self.labels)
 
     def start_epoch(self, epoch):
-        """Draw the order of an epoch, counted from 0, and the crops and flips: functions of seed and epoch."""
+        """Seed the generator of the order, and draw the crops and flips: functions of the seed and the epoch, from 0."""
         # Not called set_epoch: Accelerate calls a method of that name itself, with the number of its own passes.
         self.order.manual_seed(key_seed(self.seed, "order", epoch))
         if self.crop_scale is not None:
@@ -387,7 +390,10 @@ class ImageDataset(torch.utils.data.Dataset):
             self.matrices = crop_matrices(boxes, flips, side).to(self.pixels.device)
 
     def __getitems__(self, indices):
-        """Return the images [B, C, size, size] and labels [B] of a list of indices: what a DataLoader calls."""
+        """Return the images [B, C, size, size] and labels [B] of a list of indices, a batch.
+
+        A DataLoader calls this once a batch, where a data set has it, instead of `__getitem__` once an image. Workers
+        (num_workers) would gain nothing: the images are in memory already, on the device."""
         index = torch.tensor(indices, device=self.pixels.device)
         images = self.pixels[index] / 255
         if self.crop_scale is not None:
@@ -401,22 +407,24 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def whole(batch):
-    """Return a batch as it is: the data sets give whole batches, so there is nothing for a DataLoader to collate."""
+    """Return a batch as it is: the data sets give whole batches, so a DataLoader has no single images to join."""
     return batch
 
 
-def training_loader(accelerator, data, batch_size):
+def training_loader(accelerator, dataset, batch_size):
     """Return the DataLoader of the training images, shuffled by the data set's own generator.
 
-    `batch_size` is that of all processes together: Accelerate gives each its share of every batch. The last images of
-    an epoch are left out where they fill no batch."""
-    settings = {"shuffle": True, "generator": data.order, "drop_last": True, "collate_fn": whole}
-    return accelerator.prepare(DataLoader(data, batch_size, **settings))
+    `batch_size` is that of all processes together: Accelerate gives each its share of every batch. All batches are of
+    one size: the last images of an epoch, others each time, are left out where they fill none."""
+    settings = {"shuffle": True, "generator": dataset.order, "drop_last": True, "collate_fn": whole}
+    return accelerator.prepare(DataLoader(dataset, batch_size, **settings))
 
 
-def evaluation_loader(accelerator, data, batch_size=256):
-    """Return a DataLoader that gives each image once, in order; `batch_size` is that of one process."""
-    return accelerator.prepare(DataLoader(data, batch_size * accelerator.num_processes, collate_fn=whole))
+def evaluation_loader(accelerator, dataset, batch_size=256):
+    """Return a DataLoader that gives all images in order; `batch_size` is that of one process.
+
+    With several processes some images can come twice, to fill the last batch; `predict` drops these."""
+    return accelerator.prepare(DataLoader(dataset, batch_size * accelerator.num_processes, collate_fn=whole))
 
 
 @torch.no_grad()
@@ -425,7 +433,7 @@ def predict(accelerator, model, loader):
     model.eval()
     outputs = []
     for inputs, _ in loader:
-        # All processes' shares. The last batch was filled up to be shared out: that is dropped again.
+        # The outputs of all processes, without those that only filled up the last batch.
         outputs.append(accelerator.gather_for_metrics(model(inputs).contiguous()))
     return torch.cat(outputs).float().cpu()
 
@@ -441,7 +449,9 @@ def macro_f1(labels, predictions):
 
 
 def scores(log_probs, labels):
-    """Return loss (mean cross-entropy, nats), accuracy and macro-F1 of float [N, classes] and int64 [N]."""
+    """Return loss, accuracy and macro-F1 of log-probabilities float [N, classes] and labels int64 [N].
+
+    The loss is the mean cross-entropy, with the natural logarithm: of log-probabilities, F.nll_loss computes it."""
     predictions = log_probs.argmax(1)
     return {
         "loss": F.nll_loss(log_probs, labels).item(),
@@ -451,21 +461,23 @@ def scores(log_probs, labels):
 
 
 def rank_key(line):
-    """Sort key of a line of metrics.jsonl: validation accuracy, then lower loss."""
+    """Return the sort key of a line of metrics.jsonl: validation accuracy, what is reported; at a tie the lower loss."""
     return line["val_accuracy"], -line["val_loss"]
 
 
 # ------------------------------------------------------------------------------------------ learning rates
 def cosine(step, total):
-    """Share of the peak learning rate: linear warm-up over a tenth of all steps, then a cosine to 0."""
+    """Return the share of the peak learning rate: linear warm-up over a tenth of all steps, then a cosine towards 0.
+
+    The + 1 keep the first and the last step from a rate of 0, which would train nothing."""
     warm_up = 0.1 * total
     if step + 1 < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm_up) / (total + 1 - warm_up)))
 
 
-# Functions of the optimiser's step, from 0, and the number of all steps: there is no state to save, and a
-# scheduler of torch's that Accelerate prepares would step once for each process. Add your own here.
+# Functions of the step, from 0, and of the number of all steps. They have no state, so there is nothing to save and
+# restore. Add your own here.
 SCHEDULES = {"cosine": cosine, "constant": lambda step, total: 1.0}
 
 
@@ -677,7 +689,9 @@ def save_tensors(path, tensors, meta):
 
 
 # ---------------------------------------------------------------------------------------------- run folder
-SETTING = ("epochs", "lr", "schedule", "seed")  # options in the name of a run's folder
+# A model is here all that is trained alike: network, optimiser, images, options. Its name is a folder in runs/. A
+# setting is the four options below; a run is one model trained in one setting, a folder in that of the model.
+SETTING = ("epochs", "lr", "schedule", "seed")
 # Options that do not tell models apart: images are told apart by their hashes.
 ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sanity_check"}
 
@@ -737,7 +751,7 @@ def make_config(
     identity = {key: value for key, value in options.items() if key not in ASIDE}
     identity |= {
         "network": repr(network),
-        # The learning rate is of the setting, not of the model, and a scheduler writes more of them.
+        # Without lr, initial_lr and the like, in which the runs of a model may differ.
         "optimizer": re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer)),
         "parameter groups": [
             [trained[parameter] for parameter in group["params"] if parameter in trained]
@@ -776,7 +790,8 @@ def end_sanity_check(accelerator, config, model, batches):
     outputs = [(model(inputs), labels) for inputs, labels in batches]
     logits, labels = accelerator.gather(tuple(map(torch.cat, zip(*outputs))))
     result = scores(logits.float().cpu().log_softmax(1), labels.cpu())
-    passed = result["accuracy"] == 1 and result["loss"] < 0.05  # as in Karpathy's "A Recipe for Training"
+    # The idea is Karpathy's ("A Recipe for Training Neural Networks"), the limit is ours.
+    passed = result["accuracy"] == 1 and result["loss"] < 0.05
     accelerator.print(
         f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
         f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
@@ -808,7 +823,8 @@ class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
     Where there is a checkpoint, its states are loaded into `model`, `optimizer` and `others` (a scheduler of yours).
-    All processes read, the main process writes. A run that has predictions has ended, whatever else is in its folder.
+    (check_folders has refused a folder with one, unless --resume was given.) All processes read, the main process
+    writes. A run with predictions has ended; it is complete if they are of today's images, as a test/ can come later.
     Raises UserError where another process trains this run, where the folder holds runs of another model, and for a
     checkpoint that is damaged or does not fit."""
 
@@ -827,6 +843,7 @@ class Run:
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
+        # All processes learn of it, or the others would wait for this one for ever.
         if broadcast_object_list([accelerator.is_main_process and not self.lock])[0]:
             raise UserError(f"{self.path}: is being trained: wait for it, or give --name")
         self.read()
@@ -867,13 +884,15 @@ class Run:
             raise UserError(f"{file}: is of other objects ({brief(error)}): give --name") from None
 
     def is_complete(self):
-        """Return whether the predictions are those of today's images, as a test/ can come later."""
-        if not self.history:  # new; or ended, and its checkpoint was removed to save space
+        """Return whether the predictions are there, of today's images."""
+        if (
+            not self.history
+        ):  # new; or ended, and its checkpoint, without which nothing is predicted, was removed
             return self.ended
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
     def clean_up(self):
-        """Remove what was written after the checkpoint, and record where the run is trained now."""
+        """Cut off what was logged after the checkpoint, and record in config.json where the run is trained now."""
         if not self.ended:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -889,11 +908,12 @@ class Run:
         write_json(self.path / "config.json", self.config)
 
     def remaining_epochs(self):
-        """Yield the numbers, from 0, of the epochs still to be trained, with all random generators seeded."""
+        """Yield the numbers, from 0, of the epochs still to be trained, with the global random generators seeded."""
+        # For a network with dropout; order, crops and flips have generators of their own. Each process draws others.
         process = self.accelerator.process_index
         for epoch in range(len(self.history), 0 if self.ended else self.config["epochs"]):
             set_seed(key_seed(self.config["seed"], "epoch", epoch, process) % 2**32)
-            self.started = time.perf_counter()
+            self.epoch_began = time.perf_counter()
             yield epoch
 
     def end_epoch(self, steps, val):
@@ -904,7 +924,7 @@ class Run:
         rates, losses, accuracies = zip(*steps)
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
-        epoch = len(self.history) + 1
+        epoch = len(self.history) + 1  # files and messages count from 1
         line = {
             "epoch": epoch,
             "step": len(steps) + (self.history[-1]["step"] if self.history else 0),
@@ -912,11 +932,12 @@ class Run:
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),
             **{f"val_{key}": value for key, value in val.items()},
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(time.perf_counter() - self.epoch_began, 3),
         }
         if not math.isfinite(line["train_loss"] + line["val_loss"]):
             where = f"in epoch {epoch}, at learning rates of up to {max(rates):g}"
             raise UserError(f"{self.path}: the loss is no longer a number {where}: give a smaller --lr")
+        # clone: on a CPU .cpu() copies nothing, and the next step would change the best weights.
         if not self.history or rank_key(line) > max(map(rank_key, self.history)):
             self.best = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
         self.history.append(line)
@@ -957,7 +978,7 @@ class Run:
         return True
 
     def finish(self, logits, labels):
-        """Write predictions.safetensors, by which the run has ended.
+        """Write predictions.safetensors, which marks the run as ended.
 
         `logits` {split: float [N, classes]}, `labels` {split: int64 [N]}."""
         tensors = {}

@@ -12,7 +12,8 @@ runs/<model>/<setting>/, such as runs/CNN/e10-lr0.005-cosine-s0/: config.json, m
 best weights by validation), predictions.safetensors, checkpoint.pt (for --resume), TensorBoard's events (`--logdir
 runs`); --sanity-check writes runs/<model>/sanity-check.json.
 
-train_vit_probe.py has the same functions in the same order: compare the two."""
+make_optimizer, train_epoch, prepare, train, sanity_check, load_classifier and main stand in train_vit_probe.py too:
+compare the two."""
 
 import argparse
 import itertools
@@ -75,8 +76,9 @@ class CNN(nn.Module):
 def make_model(options, channels, classes):
     """Return the network with random weights: images float32 [B, channels, S, S], 0 to 1 -> logits [B, classes].
 
-    The one place to put another network in: `load_classifier` builds what it trained by this function too."""
-    # For example torchvision.models.resnet18(num_classes=classes) in place of CNN(...), for colour images.
+    The one place to put another network in: `load_classifier` builds by this function too what was trained."""
+    # For example torchvision.models.resnet18(num_classes=classes) in place of CNN(...), for colour images. Normalize
+    # stays the first: `prepare` sets its mean and std.
     return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))
 
 
@@ -90,7 +92,7 @@ def make_optimizer(model, options):
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    # The learning rate here is only the first one: train_epoch sets it at every step.
+    # This rate is not used: train_epoch sets one before each step. fused: one pass over all weights, the fastest.
     return torch.optim.AdamW(groups, lr=options.lr, fused=True)
 
 
@@ -99,31 +101,34 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
 
     Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
     each step wait for the GPU."""
-    model.train()  # batch normalisation uses the batch's mean and deviation, dropout drops
+    model.train()  # batch normalisation uses the mean and deviation of the batch (dropout would drop values)
     steps = []
-    # disable=None: no progress bar where the output is a file.
+    # A progress bar, of the first process only, and (None) only in a terminal.
     bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
-    # The loader comes first: zip then asks it for the batch that is not there, and so Accelerate sees its end.
+    # The loader must stand first: after the last batch zip asks it once more, and only then does Accelerate take the
+    # epoch as ended.
     for (images, labels), rate in zip(bar, rates):
-        # images: float32 [B, channels, S, S], 0 to 1, cropped and flipped; labels: int64 [B].
-        # The schedule is a function of the step, so there is no scheduler whose state had to be saved. An
-        # optimiser has a rate for each group of parameters; here they are all alike.
+        # images: float32 [B, channels, S, S], 0 to 1, already cropped and flipped; labels: int64 [B].
+        # The rate depends on the step's number only, so there is no scheduler whose state had to be saved. An
+        # optimiser keeps a rate for each group of its parameters; here all have the same. To use a scheduler of
+        # torch's instead, delete these two lines and follow the comments in `train`.
         for group in optimizer.param_groups:
-            group["lr"] = rate  # without this line: a scheduler of torch's, see `train`
+            group["lr"] = rate
 
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
-        # loss.backward(), but scaled up under fp16, whose smallest gradients would become 0, and with several
-        # processes the mean of their gradients.
+        optimizer.zero_grad()  # here, not after the step, so that TensorBoard still has the last gradients
+        # As loss.backward(). Under fp16 it scales the loss up, or small gradients would become 0; with several
+        # processes each gets the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
-        # For the log: the plain loss, without label smoothing, so that training and validation compare.
+        # For the log: the loss without label smoothing, as in validation. (It is measured while the weights change, so
+        # the two still do not quite compare.)
         logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        steps.append((rate, plain_loss, accuracy))
+        steps.append((optimizer.param_groups[0]["lr"], plain_loss, accuracy))
     return steps
 
 
@@ -131,16 +136,17 @@ def prepare(options, data, accelerator):
     """Return what a run trains with: model, optimizer, the training loader, and a dict of val's and test's loaders."""
     if 2 ** len(options.widths) > data.image_size:
         raise UserError(f"--widths: too many, as each halves the {data.image_size} px: give fewer")
-    # The initial weights depend on the seed alone. A word in the key gives each use of the seed numbers of its own.
+    # The initial weights depend on the seed alone; "init" keeps their random numbers apart from those of the crops.
     torch.manual_seed(common.key_seed(options.seed, "init"))
     model = make_model(options, data.description["channels"], len(data.classes))
     normalize = model[0]
     for channel, pixels in enumerate(data.pixels["train"].unbind(1)):
-        std, normalize.mean[channel] = torch.std_mean(pixels / 255)
+        std, mean = torch.std_mean(pixels / 255)
+        normalize.mean[channel] = mean
         normalize.std[channel] = std.clamp(min=1e-3)  # if all pixels are equal
     model.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, options)
-    # Accelerate computes forward passes in bf16 or fp16 where asked, and joins the processes' gradients.
+    # Accelerate runs forward passes in the chosen precision and averages the gradients of several processes.
     model, optimizer = accelerator.prepare(model, optimizer)
 
     loaders = {}
@@ -162,8 +168,8 @@ def train(options, data, accelerator):
     # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
     with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
-            # Order, crops and flips of this epoch are functions of the seed and the epoch: so a run that was
-            # stopped goes on as if it had not been.
+            # Order, crops and flips of an epoch depend on the seed and its number only: so a run that was stopped goes
+            # on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
@@ -171,10 +177,11 @@ def train(options, data, accelerator):
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
 
-            # TensorBoard, with weights and gradients; keeps the weights if this is the best epoch by validation; saves
-            # a checkpoint. To stop early, `break` after it.
+            # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
+            # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, `break` after it.
             run.end_epoch(steps, val)
-        # The best epoch's weights come back; only now, and only once, the test images. False: all this is there.
+        # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
+        # all. False: these predictions are there already.
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -182,13 +189,14 @@ def train(options, data, accelerator):
 
 def sanity_check(options, data, accelerator):
     """Overfit four batches, without augmentation; returns the exit code, 0 if that works, else 1."""
-    # A network that cannot learn 256 images by heart has a fault in its code, not too few images.
+    # Four batches should be easy to learn by heart. If not, look for a fault in the code or in the learning rate.
+    # A crop of area 1 is the whole image; with label smoothing the loss would not get near 0.
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
     few_options = argparse.Namespace(**vars(options) | plain)
     model, optimizer, train_loader, _ = prepare(few_options, data, accelerator)
     config = common.make_config(accelerator, options, data, __file__, model, optimizer)
     train_loader.dataset.start_epoch(0)
-    few = list(itertools.islice(train_loader, 4))  # always the same four
+    few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four
     for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
         rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
@@ -219,7 +227,7 @@ def make_parser():
 
 
 def main():
-    """Train a run for each combination of the options that take several values."""
+    """Train a run for each combination of the values of --lr, --schedule and --seed."""
     parser = make_parser()
     args = parser.parse_args()
     settings = common.each_setting(args, "lr", "schedule", "seed")

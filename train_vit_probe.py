@@ -17,10 +17,12 @@ blocks of attention and a small network, one after another, let the tokens excha
 block there are 196 patch tokens and the class token. All of this stays as it was pretrained: frozen. The probe, the
 only part that is trained, is one linear layer on some of these values, the features.
 
-train_cnn.py has the same functions in the same order: compare the two."""
+make_optimizer, train_epoch, prepare, train, sanity_check, load_classifier and main stand in train_cnn.py too: compare
+the two."""
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -52,7 +54,7 @@ class LinearProbe(nn.Module):
     """One linear layer on standardised features.
 
     Input features [B, values], output logits float32 [B, classes]. `mean` and `std` [values] are those of the training
-    images' features, so the whole is one affine map of the features."""
+    images' features (with views, of the first one)."""
 
     def __init__(self, values, classes):
         super().__init__()
@@ -64,20 +66,20 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features):
-        # It costs nothing, so it stays in float32 whatever the precision.
+        # It costs little, so it is computed in float32; Accelerate would else take bf16 for it where it does.
         with torch.autocast(features.device.type, enabled=False):
             x = (features.float() - self.mean) / self.std
-            # Adam's first step moves every weight by the rate, whatever its gradient, and so a logit by about the rate
-            # times the number of values. The root takes back half of that (on a logarithmic scale): measured, the
-            # same rates then suit 192 values and 1,920.
+            # Adam's first step moves each weight by the rate, whatever its gradient, and so a logit by about the rate
+            # times the number of values: ten times as far with 1,920 values as with 192. Divided by the root of ten it
+            # is still three times as far; measured, the same rates suit both. 192 is ViT-Tiny's width, the measure.
             return self.linear(x * (192 / x.shape[1]) ** 0.5)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """The features of a split in memory, as common.ImageDataset has images.
+    """The features of a split in memory, on the device, as common.ImageDataset has images.
 
-    `views`: a list of float16 [N, values], of which an epoch uses one, in turn: the plain images, or each image cropped
-    and flipped in several ways. `labels` int64 [N]."""
+    `views`: a list of float16 [N, values], of which an epoch uses one, in turn: one of the plain images, or several,
+    each of all images cropped and flipped in another way. `labels` int64 [N]."""
 
     def __init__(self, views, labels, seed=0):
         self.views, self.labels, self.seed = views, labels, seed
@@ -88,19 +90,19 @@ class FeatureDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def start_epoch(self, epoch):
-        """Draw the order of an epoch, counted from 0, and take its view: functions of the seed and the epoch."""
+        """Seed the generator of the order, and choose the epoch's view: functions of the seed and the epoch, from 0."""
         self.order.manual_seed(common.key_seed(self.seed, "order", epoch))
         self.features = self.views[epoch % len(self.views)]
 
     def __getitems__(self, indices):
-        """Return the features [B, values] and labels [B] of a list of indices: what a DataLoader calls."""
+        """Return the features [B, values] and labels [B] of a list of indices, a batch: a DataLoader asks so."""
         index = torch.tensor(indices, device=self.labels.device)
         return self.features[index], self.labels[index]
 
 
 def make_optimizer(model, options):
-    """Return AdamW."""
-    # The learning rate here is only the first one: train_epoch sets it at every step.
+    """Return AdamW, for the weights and the bias alike."""
+    # This rate is not used: train_epoch sets one before each step. fused: one pass over all weights, the fastest.
     return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
@@ -109,45 +111,49 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
 
     Returns learning rate, loss and accuracy of each step; the last two stay on the device, as reading them would make
     each step wait for the GPU."""
-    model.train()
+    model.train()  # changes nothing here, but would for a layer with dropout
     steps = []
-    # disable=None: no progress bar where the output is a file.
+    # A progress bar, of the first process only, and (None) only in a terminal.
     bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
-    # The loader comes first: zip then asks it for the batch that is not there, and so Accelerate sees its end.
+    # The loader must stand first: after the last batch zip asks it once more, and only then does Accelerate take the
+    # epoch as ended.
     for (features, labels), rate in zip(bar, rates):
         # features: float16 [B, values]; labels: int64 [B].
-        # The schedule is a function of the step, so there is no scheduler whose state had to be saved. An
-        # optimiser has a rate for each group of parameters; here they are all alike.
+        # The rate depends on the step's number only, so there is no scheduler whose state had to be saved. An
+        # optimiser keeps a rate for each group of its parameters; here all have the same. To use a scheduler of
+        # torch's instead, delete these two lines and follow the comments in `train`.
         for group in optimizer.param_groups:
-            group["lr"] = rate  # without this line: a scheduler of torch's, see `train`
+            group["lr"] = rate
 
         logits = model(features)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad()  # not after the step: TensorBoard shows the last gradients
-        # loss.backward(), but scaled up under fp16, whose smallest gradients would become 0, and with several
-        # processes the mean of their gradients.
+        optimizer.zero_grad()  # here, not after the step, so that TensorBoard still has the last gradients
+        # As loss.backward(). Under fp16 it scales the loss up, or small gradients would become 0; with several
+        # processes each gets the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
-        # For the log: the plain loss, without label smoothing, so that training and validation compare.
+        # For the log: the loss without label smoothing, as in validation. (It is measured while the weights change, so
+        # the two still do not quite compare.)
         logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        steps.append((rate, plain_loss, accuracy))
+        steps.append((optimizer.param_groups[0]["lr"], plain_loss, accuracy))
     return steps
 
 
 def prepare(options, data, features, accelerator):
     """Return what a run trains with: model, optimizer, the training loader, and a dict of val's and test's loaders.
 
-    `features`: of each split a list of float16 [N, values], of "train" one for each view."""
+    `features[split]`: a list of float16 [N, values], of "train" one for each view."""
     first = features["train"][0].float()
     model = LinearProbe(first.shape[1], len(data.classes))
-    std, model.mean[:] = torch.std_mean(first, 0)
+    std, mean = torch.std_mean(first, 0)
+    model.mean[:] = mean
     model.std[:] = std.clamp(min=1e-6)  # where a value is the same for all images
     model.to(accelerator.device)
     optimizer = make_optimizer(model, options)
-    # With several processes Accelerate joins their gradients.
+    # Accelerate averages the gradients of several processes.
     model, optimizer = accelerator.prepare(model, optimizer)
 
     loaders = {}
@@ -162,14 +168,16 @@ def prepare(options, data, features, accelerator):
 
 
 def train(options, data, features, about, accelerator):
-    """Train one run into its folder, or what is missing of it; `features` and `about` as in `main`."""
+    """Train one run into its folder, or what is missing of it.
+
+    `features`: as `prepare` takes them; `about`: what config.json says of them, besides the options."""
     model, optimizer, train_loader, loaders = prepare(options, data, features, accelerator)
     config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
     # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
     with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
-            # The order of this epoch, and its view, are functions of the seed and the epoch: so a run that was
-            # stopped goes on as if it had not been.
+            # The order of an epoch and its view depend on the seed and its number only: so a run that was stopped goes
+            # on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
@@ -177,10 +185,11 @@ def train(options, data, features, about, accelerator):
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
 
-            # TensorBoard, with weights and gradients; keeps the weights if this is the best epoch by validation; saves
-            # a checkpoint. To stop early, `break` after it.
+            # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
+            # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, `break` after it.
             run.end_epoch(steps, val)
-        # The best epoch's weights come back; only now, and only once, the test images. False: all this is there.
+        # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
+        # all. False: these predictions are there already.
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -188,12 +197,13 @@ def train(options, data, features, about, accelerator):
 
 def sanity_check(options, data, features, about, accelerator):
     """Overfit four batches; returns the exit code, 0 if that works, else 1."""
-    # A model that cannot learn 256 images by heart has a fault in its code, not too few images.
+    # Four batches should be easy to learn by heart. If not, look for a fault in the code or in the learning rate; or
+    # the features do not tell these images apart. With label smoothing the loss would not get near 0.
     few_options = argparse.Namespace(**vars(options) | {"epochs": 60})
     model, optimizer, train_loader, _ = prepare(few_options, data, features, accelerator)
     config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
     train_loader.dataset.start_epoch(0)
-    few = list(itertools.islice(train_loader, 4))  # always the same four
+    few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four
     for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
         rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
@@ -213,9 +223,9 @@ class Backbone(nn.Module):
         self.vit, self.choices = vit, choices
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         for block in vit.blocks:
-            # In bf16 on a CPU two plain products are faster than the fused attention.
+            # In bf16 on a CPU, attention written as two matrix products is faster than PyTorch's fused one.
             block.attn.fused_attn = torch.cuda.is_available() or precision != "bf16"
-        # Images are normalised as those were that the weights were trained with.
+        # Images are normalised as those were with which the weights were trained.
         config = resolve_model_data_config(vit)
         self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
         self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
@@ -230,14 +240,15 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        images = (images - self.mean) / self.std  # a grey picture so becomes three equal channels
-        wanted = sorted({self.last, *self.blocks})
+        # mean and std have three channels, so that a grey image's one channel is copied to three.
+        images = (images - self.mean) / self.std
+        wanted = sorted({self.last, *self.blocks})  # the last one always, for its class token
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
             outputs = self.vit.forward_intermediates(
                 images,
                 indices=wanted,
-                norm=True,
-                output_fmt="NLC",
+                norm=True,  # the ViT's last layer norm also behind an earlier block, whose values else differ in size
+                output_fmt="NLC",  # [images, tokens, values]
                 return_prefix_tokens=True,
                 intermediates_only=True,
             )
@@ -253,7 +264,7 @@ class Backbone(nn.Module):
                 features.append(patches[block].mean(1))
             elif choice != "class":
                 # The patch tokens in their places, as a picture of 14 x 14 with 192 channels, averaged over 3 x 3
-                # fields: what a linear layer could not see in one vector, where something is.
+                # fields: so it is kept, roughly, where in the image something is; one mean would lose that.
                 picture = patches[block].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
                 features.append(F.adaptive_avg_pool2d(picture, 3).flatten(1))
         return torch.cat(features, 1).half()
@@ -291,9 +302,9 @@ def choose_backbone(accelerator, args):
     """Return the backbone's file (None: random weights), and what a run records of it.
 
     Where the weights are not to be had, recorded features stand in. Raises UserError where these do not do either."""
-    backbone = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
+    record = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     if args.no_pretrained:
-        return None, backbone
+        return None, record
     named = args.weights or os.environ.get(VARIABLE)
     with accelerator.local_main_process_first():
         try:
@@ -308,7 +319,7 @@ def choose_backbone(accelerator, args):
                 raise UserError(f"{error} ({RECORDED.name} has class and grid6 of 224 px only)") from None
             accelerator.print(f"{error}\nusing the recorded features of the default images, {RECORDED.name}")
             return RECORDED, common.load_tensors(RECORDED)[1]["backbone"] | {"weights": "recorded"}
-    return file, backbone | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
+    return file, record | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
 
 
 def load_vit(file, image_size):
@@ -330,54 +341,48 @@ def load_vit(file, image_size):
         why = common.brief(error)
         raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
     if image_size % vit.patch_embed.patch_size[0]:
-        raise UserError(
-            f"--image-size {image_size}: the ViT needs a multiple of {vit.patch_embed.patch_size[0]}"
-        )
+        raise UserError(f"--image-size {image_size}: give a multiple of {vit.patch_embed.patch_size[0]}")
     vit.reset_classifier(0)  # without its head
     return vit.eval().requires_grad_(False)
 
 
-def extract(options, data, split, view, network, backbone, accelerator):
+def extract(options, data, split, view, backbone, record, accelerator):
     """Return the features of a split as a list of parts, each two dicts: choice -> float16 [n, values], and -> seconds.
 
-    `view`: None for the plain images, else the number of an augmentation; `network`: a Backbone, which gives all of its
-    choices in one pass. What is finished is kept under features/, a file for each PART of the images."""
+    `view`: None for the plain images, else the number of an augmentation; `backbone`: a Backbone, which gives all of
+    its choices in one pass. What is finished is kept under features/, a file for each PART of the images."""
     import timm
 
+    # View k has the crops and flips that a training on images would draw in epoch k.
     crops = {} if view is None else {key: getattr(options, key) for key in ("crop_scale", "no_flip", "seed")}
     pixels = data.pixels[split].to(accelerator.device)
-    images = common.ImageDataset(pixels, data.labels[split], options.image_size, **crops)
+    labels = data.labels[split].to(accelerator.device)
+    images = common.ImageDataset(pixels, labels, options.image_size, **crops)
     images.start_epoch(view or 0)
-    # All that the features depend on, besides the pixels; a crop depends on the image's place among all.
-    key = [
-        backbone,
-        options.image_size,
-        str(network.dtype),
-        pixels.device.type,
-        torch.__version__,
-        timm.__version__,
-    ]
-    key += [crops, common.CROP_RATIO, view, len(images)]
-    # On a CPU what fits its cache is fastest.
+    # All that the features depend on, the text of Backbone too. The crops of all images are drawn together, so they
+    # depend on an image's number and on how many there are.
+    key = [record, options.image_size, str(backbone.dtype), pixels.device.type, inspect.getsource(Backbone)]
+    key += [torch.__version__, timm.__version__, crops, common.CROP_RATIO, view, len(images)]
+    # On a CPU small batches are faster.
     batch_size = 256 if pixels.device.type == "cuda" else 16
     quiet = not accelerator.is_main_process or None
+    starts = range(0, len(images), PART)
     parts = []
-    for start in tqdm(
-        range(0, len(images), PART), f"features of {split}", leave=False, delay=1, disable=quiet
-    ):
+    for start in tqdm(starts, f"features of {split}", leave=False, delay=1, disable=quiet):
         content = common.sha256(pixels[start : start + PART].cpu().numpy().tobytes())
         digest = common.sha256(json.dumps([*key, start, content]).encode())
         file = CACHE / f"{digest[:24]}.safetensors"
         features, seconds = {}, {}
         with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or not there: computed again
             features, seconds = common.load_tensors(file)
-        if not features.keys() >= set(network.choices):
+        if not features.keys() >= set(backbone.choices):
             began = time.perf_counter()
             part = Subset(images, range(start, min(start + PART, len(images))))
             loader = common.evaluation_loader(accelerator, part, batch_size)
-            output = common.predict(accelerator, network, loader).half()
-            features |= zip(network.choices, output.split(network.lengths, 1))
-            seconds |= dict.fromkeys(network.choices, time.perf_counter() - began)
+            output = common.predict(accelerator, backbone, loader).half()
+            features |= zip(backbone.choices, output.split(backbone.lengths, 1))
+            # One pass makes them all, so each is said to have taken the whole time.
+            seconds |= dict.fromkeys(backbone.choices, time.perf_counter() - began)
             if accelerator.is_main_process:
                 CACHE.mkdir(exist_ok=True)
                 common.save_tensors(file, features, seconds)
@@ -385,16 +390,16 @@ def extract(options, data, split, view, network, backbone, accelerator):
     return parts
 
 
-def extract_all(options, data, network, backbone, accelerator):
+def extract_all(options, data, backbone, record, accelerator):
     """Return of each choice the features as `prepare` takes them, and the seconds they took, those of test/ aside."""
-    features, seconds = {choice: {} for choice in network.choices}, Counter()
+    features, seconds = {choice: {} for choice in backbone.choices}, Counter()
     for split in data.pixels:
         views = (
             range(options.views) if options.views and split == "train" else [None]
         )  # None: the plain image
         for view in views:
-            parts = extract(options, data, split, view, network, backbone, accelerator)
-            for choice in network.choices:
+            parts = extract(options, data, split, view, backbone, record, accelerator)
+            for choice in backbone.choices:
                 values = torch.cat([of_part[choice] for of_part, _ in parts])
                 features[choice].setdefault(split, []).append(values)
                 if split != "test":
@@ -431,17 +436,17 @@ def load_classifier(run, weights=None):
     class name to probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError
     for a folder of another model, other weights, and files that are no images."""
     config = common.read_json(Path(run) / "config.json")
-    backbone = config["backbone"]
-    if not backbone:
+    record = config["backbone"]
+    if not record:
         raise UserError(f"{run}: is no probe: use train_cnn.load_classifier")
     # Random weights are drawn again from their seed.
-    file = None if backbone["weights"] == "random" else find_weights(weights or os.environ.get(VARIABLE))
-    if file and common.sha256(file.read_bytes()) != backbone["sha256"]:
+    file = None if record["weights"] == "random" else find_weights(weights or os.environ.get(VARIABLE))
+    if file and common.sha256(file.read_bytes()) != record["sha256"]:
         raise UserError(f"{file}: not the weights that {run} was trained with: give those")
     vit = load_vit(file, config["data"]["image_size"])
-    network = Backbone(vit, [config["features"]], config["environments"][-1]["precision"])
-    model = LinearProbe(*network.lengths, len(config["data"]["classes"]))
-    return common.make_classifier(run, config, model, network)
+    backbone = Backbone(vit, [config["features"]], config["environments"][-1]["precision"])
+    model = LinearProbe(*backbone.lengths, len(config["data"]["classes"]))
+    return common.make_classifier(run, config, model, backbone)
 
 
 def feature_name(text):
@@ -484,34 +489,36 @@ def name_models(settings, parser, kind):
 
 
 def main():
-    """Train a run for each combination of the options that take several values."""
+    """Train a run for each combination of the values of --features, --lr, --schedule and --seed."""
     parser = make_parser()
     args = parser.parse_args()
     accelerator = common.make_accelerator(args.mixed_precision)
-    file, backbone = choose_backbone(accelerator, args)
-    accelerator.print(f"backbone {BACKBONE}, {backbone['weights']} ({backbone['sha256'][:12]})")
-    del args.weights  # models are told apart by the weights' hash, not by their place
+    file, record = choose_backbone(accelerator, args)
+    accelerator.print(f"backbone {BACKBONE}, {record['weights']} ({record['sha256'][:12]})")
+    del args.weights  # models are told apart by the weights' hash, not by the path to them
     settings = common.each_setting(args, "features", "lr", "schedule", "seed")
-    name_models(settings, parser, backbone["weights"])
+    name_models(settings, parser, record["weights"])
     if not args.sanity_check:
         common.check_folders(accelerator, settings)
     data = common.open_data(accelerator, args)
     choices = list(dict.fromkeys(args.features))
     features = None
-    if backbone["weights"] == "recorded":
+    if record["weights"] == "recorded":
         features, seconds = recorded_features(data, choices)
     else:
         vit = load_vit(file, args.image_size)
-        network = Backbone(vit, choices, accelerator.mixed_precision).to(accelerator.device)
-        backbone["parameters"] = sum(parameter.numel() for parameter in network.parameters())
-        backbone |= {key: getattr(network, key).flatten().tolist() for key in ("mean", "std")}
+        backbone = Backbone(vit, choices, accelerator.mixed_precision).to(accelerator.device)
+        record["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
+        record |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
     exit_code = 0
     for options in settings:
-        if features is None or args.views:  # the crops of views depend on the seed
-            features, seconds = extract_all(options, data, network, backbone, accelerator)
+        if (
+            features is None or args.views
+        ):  # plain features serve all runs; the crops of views depend on the seed
+            features, seconds = extract_all(options, data, backbone, record, accelerator)
         choice = options.features
-        # What config.json says of the features, besides the options.
-        about = {"features": choice, "backbone": backbone, "seconds": round(seconds[choice], 3)}
+        # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
+        about = {"features": choice, "backbone": record, "seconds": round(seconds[choice], 3)}
         if args.sanity_check:
             return sanity_check(options, data, features[choice], about, accelerator)
         try:
