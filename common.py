@@ -378,7 +378,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def start_epoch(self, epoch):
-        """Seed the generator of the order, and draw the crops and flips: functions of the seed and the epoch, from 0."""
+        """Seed the generator of the order, and draw the crops and flips: functions of seed and epoch (from 0)."""
         # Not called set_epoch: Accelerate calls a method of that name itself, with the number of its own passes.
         self.order.manual_seed(key_seed(self.seed, "order", epoch))
         if self.crop_scale is not None:
@@ -461,7 +461,7 @@ def scores(log_probs, labels):
 
 
 def rank_key(line):
-    """Return the sort key of a line of metrics.jsonl: validation accuracy, what is reported; at a tie the lower loss."""
+    """Return the sort key of a line of metrics.jsonl: the validation accuracy; at a tie the lower loss."""
     return line["val_accuracy"], -line["val_loss"]
 
 
