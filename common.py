@@ -427,6 +427,11 @@ def evaluation_loader(accelerator, dataset, batch_size=256):
     return accelerator.prepare(DataLoader(dataset, batch_size * accelerator.num_processes, collate_fn=whole))
 
 
+def progress(items, text, accelerator):
+    """Return `items` with a progress bar: in a terminal, after a second, and of several processes in the first only."""
+    return tqdm(items, text, leave=False, delay=1, disable=not accelerator.is_main_process or None)
+
+
 @torch.no_grad()
 def predict(accelerator, model, loader):
     """Return what `model`, in eval mode, gives for all of an `evaluation_loader`: float [N, ...] on the CPU."""
@@ -819,6 +824,39 @@ def log_epoch(writer, line, rates, losses, model):
             writer.add_histogram(f"gradients/{name}", parameter.grad.float(), epoch)
 
 
+def check_model(config):
+    """Raise UserError where the folder of a run's model holds runs of another model."""
+    for file in sorted((RUNS_DIR / config["model"]).glob("*/config.json")):
+        if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
+            identity = read_json(file).get("identity", {"network": "of older scripts"})
+            if found := differences(identity, config["identity"]):
+                raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
+
+
+def lock_folder(path):
+    """Lock a run's folder until the returned file is closed, on a disk that has locks; None: another process has it."""
+    file = open(path / ".lock", "w")  # noqa: SIM115
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except (ImportError, OSError):
+        pass
+    return file
+
+
+def print_epoch(line, epochs):
+    """Print a line of metrics.jsonl, of so many `epochs`, for people."""
+    print(
+        f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
+        f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} macro-F1 {line['val_macro_f1']:.4f}  "
+        f"{line['seconds']:.2f} s",
+        flush=True,
+    )
+
+
 class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
@@ -839,7 +877,7 @@ class Run:
         self.predictions = self.path / "predictions.safetensors"
         self.ended = self.predictions.exists()
         self.lock = self.writer = None
-        self.check_model()
+        check_model(config)
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
@@ -857,14 +895,6 @@ class Run:
     def __exit__(self, *error):
         for opened in filter(None, (self.writer, self.lock)):
             opened.close()
-
-    def check_model(self):
-        """Raise UserError where the model's folder holds runs of another model."""
-        for file in sorted(self.path.parent.glob("*/config.json")):
-            if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
-                identity = read_json(file).get("identity", {"network": "of older scripts"})
-                if found := differences(identity, self.config["identity"]):
-                    raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
 
     def read(self):
         """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
@@ -944,12 +974,7 @@ class Run:
         if self.accelerator.is_main_process:
             log_epoch(self.writer, line, rates, losses.tolist(), self.model)
             self.save()
-            print(
-                f"epoch {epoch}/{self.config['epochs']}  train loss {line['train_loss']:.4f} accuracy "
-                f"{line['train_accuracy']:.2%}  val loss {line['val_loss']:.4f} accuracy "
-                f"{line['val_accuracy']:.2%} macro-F1 {line['val_macro_f1']:.4f}  {line['seconds']:.2f} s",
-                flush=True,
-            )
+            print_epoch(line, self.config["epochs"])
 
     def save(self):
         """Write checkpoint.pt, and the files that are made from it."""
@@ -993,20 +1018,6 @@ class Run:
                 f"{best['val_macro_f1']:.4f}; {sum(line['seconds'] for line in self.history):.1f} s\n"
                 f"run folder {self.path}; compare all runs with: python evaluate.py"
             )
-
-
-def lock_folder(path):
-    """Lock a run's folder until the returned file is closed, on a disk that has locks; None: another process has it."""
-    file = open(path / ".lock", "w")  # noqa: SIM115
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    except (ImportError, OSError):
-        pass
-    return file
 
 
 def make_classifier(run, config, model, backbone=None):

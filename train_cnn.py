@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
 from common import UserError
@@ -103,8 +102,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
     each step wait for the GPU."""
     model.train()  # batch normalisation uses the mean and deviation of the batch (dropout would drop values)
     steps = []
-    # A progress bar, of the first process only, and (None) only in a terminal.
-    bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
+    bar = common.progress(loader, "training", accelerator)
     # The loader must stand first: after the last batch zip asks it once more, and only then does Accelerate take the
     # epoch as ended.
     for (images, labels), rate in zip(bar, rates):
@@ -197,7 +195,7 @@ def sanity_check(options, data, accelerator):
     config = common.make_config(accelerator, options, data, __file__, model, optimizer)
     train_loader.dataset.start_epoch(0)
     few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four
-    for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
+    for epoch in common.progress(range(few_options.epochs), "sanity check", accelerator):
         rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
     return common.end_sanity_check(accelerator, config, model, few)

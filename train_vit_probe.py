@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 import common
 from common import UserError
@@ -113,8 +112,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
     each step wait for the GPU."""
     model.train()  # changes nothing here, but would for a layer with dropout
     steps = []
-    # A progress bar, of the first process only, and (None) only in a terminal.
-    bar = tqdm(loader, "training", leave=False, delay=1, disable=not accelerator.is_main_process or None)
+    bar = common.progress(loader, "training", accelerator)
     # The loader must stand first: after the last batch zip asks it once more, and only then does Accelerate take the
     # epoch as ended.
     for (features, labels), rate in zip(bar, rates):
@@ -204,7 +202,7 @@ def sanity_check(options, data, features, about, accelerator):
     config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
     train_loader.dataset.start_epoch(0)
     few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four
-    for epoch in tqdm(range(few_options.epochs), "sanity check", leave=False, disable=None):
+    for epoch in common.progress(range(few_options.epochs), "sanity check", accelerator):
         rates = common.learning_rates(few_options, len(few), epoch)
         train_epoch(accelerator, model, optimizer, few, rates, label_smoothing=0.0)
     return common.end_sanity_check(accelerator, config, model, few)
@@ -365,10 +363,8 @@ def extract(options, data, split, view, backbone, record, accelerator):
     key += [torch.__version__, timm.__version__, crops, common.CROP_RATIO, view, len(images)]
     # On a CPU small batches are faster.
     batch_size = 256 if pixels.device.type == "cuda" else 16
-    quiet = not accelerator.is_main_process or None
-    starts = range(0, len(images), PART)
     parts = []
-    for start in tqdm(starts, f"features of {split}", leave=False, delay=1, disable=quiet):
+    for start in common.progress(range(0, len(images), PART), f"features of {split}", accelerator):
         content = common.sha256(pixels[start : start + PART].cpu().numpy().tobytes())
         digest = common.sha256(json.dumps([*key, start, content]).encode())
         file = CACHE / f"{digest[:24]}.safetensors"
