@@ -847,10 +847,18 @@ def lock_folder(path):
     return file
 
 
-def print_epoch(line, epochs):
+def load_checkpoint(file):
+    """Return what a checkpoint holds, a dict; UserError where it cannot be read. No code in it is run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip files, of pickles, of tensors: many kinds
+        raise damaged(file, error) from None
+
+
+def print_epoch(line, epochs, which=""):
     """Print a line of metrics.jsonl, of so many `epochs`, for people."""
     print(
-        f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
+        f"{which}epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
         f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} macro-F1 {line['val_macro_f1']:.4f}  "
         f"{line['seconds']:.2f} s",
         flush=True,
@@ -899,25 +907,19 @@ class Run:
     def read(self):
         """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
         file = self.path / "checkpoint.pt"
-        if not file.exists():
-            return
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # of zip files, of pickles, of tensors: a dozen kinds
-            raise damaged(file, error) from None
-        try:
-            for name, value in self.objects.items():
-                value.load_state_dict(checkpoint["states"].get(name, value.state_dict()))
+        if file.exists():
+            checkpoint = load_checkpoint(file)
+            try:
+                for name, value in self.objects.items():
+                    value.load_state_dict(checkpoint["states"][name])
+            except Exception as error:  # of the model, the optimiser, a scheduler: many kinds
+                raise UserError(f"{file}: of other objects ({brief(error)}): give --name") from None
             self.history, self.best = checkpoint["history"], checkpoint["best"]
             self.events = checkpoint["events"]
-        except Exception as error:  # of torch, of schedulers: a dozen kinds
-            raise UserError(f"{file}: is of other objects ({brief(error)}): give --name") from None
 
     def is_complete(self):
         """Return whether the predictions are there, of today's images."""
-        if (
-            not self.history
-        ):  # new; or ended, and its checkpoint, without which nothing is predicted, was removed
+        if not self.history:  # a new run; or its checkpoint was removed, and there is nothing to predict by
             return self.ended
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
@@ -1011,13 +1013,11 @@ class Run:
             tensors[f"{split}.log_probs"] = values.log_softmax(1)
             tensors[f"{split}.labels"] = labels[split]
         if self.accelerator.is_main_process:
-            best = max(self.history, key=rank_key)
             save_tensors(self.predictions, tensors, self.config["data"]["sha256"])
-            print(
-                f"best epoch {best['epoch']}: validation accuracy {best['val_accuracy']:.2%}, macro-F1 "
-                f"{best['val_macro_f1']:.4f}; {sum(line['seconds'] for line in self.history):.1f} s\n"
-                f"run folder {self.path}; compare all runs with: python evaluate.py"
-            )
+            best = max(self.history, key=rank_key)
+            seconds = sum(line["seconds"] for line in self.history)
+            print_epoch(best, self.config["epochs"], "best ")
+            print(f"{seconds:.1f} s; run folder {self.path}; compare all runs with: python evaluate.py")
 
 
 def make_classifier(run, config, model, backbone=None):
