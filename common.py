@@ -858,9 +858,9 @@ def load_checkpoint(file):
 def print_epoch(line, epochs, which=""):
     """Print a line of metrics.jsonl, of so many `epochs`, for people."""
     print(
-        f"{which}epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
-        f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} macro-F1 {line['val_macro_f1']:.4f}  "
-        f"{line['seconds']:.2f} s",
+        f"{which}epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy "
+        f"{line['train_accuracy']:.2%}  val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} "
+        f"macro-F1 {line['val_macro_f1']:.4f}  {line['seconds']:.2f} s",
         flush=True,
     )
 
@@ -949,10 +949,9 @@ class Run:
             yield epoch
 
     def end_epoch(self, steps, val):
-        """Log and save an epoch; keep the weights if they are the best by validation.
+        """Log and save an epoch, and keep the weights if they are the best by validation; UserError if it diverged.
 
-        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `val`: what `scores` gives for
-        the validation images. Raises UserError for a loss that is not finite."""
+        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `val`: `scores` of validation."""
         rates, losses, accuracies = zip(*steps)
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
@@ -1005,9 +1004,7 @@ class Run:
         return True
 
     def finish(self, logits, labels):
-        """Write predictions.safetensors, which marks the run as ended.
-
-        `logits` {split: float [N, classes]}, `labels` {split: int64 [N]}."""
+        """Mark the run as ended by its predictions: `logits` {split: float [N, classes]}, `labels` {split: int64 [N]}."""
         tensors = {}
         for split, values in logits.items():
             tensors[f"{split}.log_probs"] = values.log_softmax(1)
@@ -1015,9 +1012,8 @@ class Run:
         if self.accelerator.is_main_process:
             save_tensors(self.predictions, tensors, self.config["data"]["sha256"])
             best = max(self.history, key=rank_key)
-            seconds = sum(line["seconds"] for line in self.history)
             print_epoch(best, self.config["epochs"], "best ")
-            print(f"{seconds:.1f} s; run folder {self.path}; compare all runs with: python evaluate.py")
+            print(f"run folder {self.path}; compare all runs with: python evaluate.py", flush=True)
 
 
 def make_classifier(run, config, model, backbone=None):
