@@ -951,7 +951,7 @@ class Run:
     def end_epoch(self, steps, val):
         """Log and save an epoch, and keep the weights if they are the best by validation; UserError if it diverged.
 
-        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `val`: `scores` of validation."""
+        `steps`: learning rate, loss and accuracy (tensors on the device) of each step; `val`: what `scores` gives."""
         rates, losses, accuracies = zip(*steps)
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
@@ -1004,7 +1004,7 @@ class Run:
         return True
 
     def finish(self, logits, labels):
-        """Mark the run as ended by its predictions: `logits` {split: float [N, classes]}, `labels` {split: int64 [N]}."""
+        """Mark the run as ended by its predictions; `logits` {split: [N, classes]} and `labels` {split: [N]}."""
         tensors = {}
         for split, values in logits.items():
             tensors[f"{split}.log_probs"] = values.log_softmax(1)
