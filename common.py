@@ -169,7 +169,10 @@ def image_files(folder):
 
 def is_deep(image):
     """Return a true value for an opened image of more than 8 bits a channel, also where Pillow calls it RGB."""
-    tile, stream = str(getattr(image, "tile", "")), b""  # what Pillow tells its decoder; empty once it is loaded
+    tile, stream = (
+        str(getattr(image, "tile", "")),
+        b"",
+    )  # what Pillow tells its decoder; empty once it is loaded
     if "jpeg2k" in tile:
         image.fp.seek(0)
         stream = image.fp.read()
