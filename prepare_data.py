@@ -8,18 +8,17 @@ Reads --source: a folder or a zip with a folder of images for each class, or the
 which is downloaded to --root. Writes --out as a whole or not at all. Files are copied as they are; images that are no
 files of their own become PNGs named by their index.
 
-In a folder or a zip the classes are found so, as data lie on Kaggle:
-- Outer folders that hold only one folder with images are passed through.
-- Folders are the splits where all of them at one place have train, test or val among the words of their names
-  (training_set, "Test Images", seg_train, valid, validation) and class folders inside.
-- Else each folder is a class, with the images at any depth below it, whatever it is called: c0, class_1, 00042, and
-  also train beside car and plane.
-- A folder is no class, and is left out and said, where its name has only such words and words like images, parts,
-  masks, annotations (test/ beside cat/ and dog/, images_001/), and no class folders inside. Then its labels are not in
-  folders, as where they stand in a CSV.
-- What could be read in two ways is refused: two folders with the same folders inside (copies, variants of the images,
-  train/ and test/ inside each class), splits beside classes. Give the folder that is meant as --source; or name the
-  classes by --classes: a place that has them all has these classes and no others.
+In a folder or a zip, data may lie as they do on Kaggle. These folders are no classes:
+- outer folders, as long as they hold only one folder with images;
+- the splits, above the classes (train/cat) or below them (cat/train): their names have train, training, test, testing,
+  val, valid or validation, else only words like set, data or images, or words that all folders beside them have
+  (training_set, "Test Images", seg_train beside seg_test); but train is a class beside car and plane alone;
+- folders that only hold images, by words like images, parts, data (images_001, HAM10000_images_part_1).
+The first of the other folders on the way to an image is its class, whatever it is called (c0, class_1, 00042); deeper
+ones do not matter. Images with no class are left out and said (test/ beside cat/ and dog/, as it has no labels), and so
+are, beside train/ and test/, those in no split. What could be read in two ways is refused: copies of all classes in
+several folders, masks or annotations of the classes, train/ alone beside classes. Then give the folder that is meant
+as --source, or name the classes by --classes: a folder that has all of these has no other classes.
 
 Splits of the source are kept. Without test/, a share of each class is taken for it. Of the other images --per-class
 are used, and a share of these is for validation; where the source has val/, both are cut in proportion. Images are
@@ -55,13 +54,10 @@ DATASETS = """CIFAR10 CIFAR100 Caltech101 Caltech256 Country211 DTD EuroSAT FGVC
 GTSRB Imagenette KMNIST MNIST OxfordIIITPet QMNIST RenderedSST2 SEMEION STL10 SUN397 SVHN USPS"""
 SPLITS = ["test", "val", "train"]  # an image that is in several stays in the first
 # Words of folders' names that are no classes: of splits, of what is not to be learned, of what holds images.
-KINDS = {
-    "train": "train(ing)?(set|data|images|[ab])?",
-    "test": "test(ing)?(set|data|images|[ab])?",
-    "val": "val(id|idation)?(set|data|images)?",
-    "other": "masks|annotations?|labels|segmentation(class|object|s)?|unlabell?ed|pred|predictions?|meta",
-    "holder": "images?|imgs?|jpegimages|pictures|photos|parts?|data|datasets?|sets?|files|samples|zip",
-}
+KINDS = r"""(?x)(?P<train> train(?:ing)?(?:set|data|images|[ab])?) | (?P<test> test(?:ing)?(?:set|data|images|[ab])?)
+| (?P<val> val(?:id|idation)?(?:set|data|images)?)
+| (?P<other> masks|annotations?|labels|segmentation(?:class|object|s)?|unlabell?ed|pred|predictions?|meta)
+| (?P<holder> images?|imgs?|jpegimages|pictures|photos|parts?|data|datasets?|sets?|files|samples|zip)"""
 REMEDY = (
     "give the folder that has one folder for each class and no others as --source, or name them by --classes"
 )
@@ -110,10 +106,9 @@ def described(skipped):
 def parse_name(name):
     """Return what a folder's name tells of, one of KINDS or None, and its words that tell nothing."""
     words = re.findall(r"[^\W\d_]+", name.lower())
-    known = {word: kind for word in words for kind in KINDS if re.fullmatch(KINDS[kind], word)}
-    return min(known.values(), key=list(KINDS).index, default=None), [
-        word for word in words if word not in known
-    ]
+    known = {word: match.lastgroup for word in words if (match := re.fullmatch(KINDS, word))}
+    # In this order: val, train, test, other, holder.
+    return max(known.values(), default=None), [word for word in words if word not in known]
 
 
 def find_classes(paths, source, wanted):
@@ -125,42 +120,39 @@ def find_classes(paths, source, wanted):
         for i, name in enumerate(path):
             children[path[:i]][name] = parse_name(name)
 
-    def find_kind(*path):
+    def find_kind(path):
         """Return the kind of the last folder of a path, None for a class."""
         names = children[path[:-1]]
         kind, rest = names[path[-1]]
         kinds, rests = zip(*names.values())
         # In seg_train, seg_test and seg_pred, seg tells nothing.
-        if wanted and names.keys() >= wanted or rest and any(other != rest for other in rests):
-            return None
-        # A class may be called train, beside others, where there is no other split.
-        return None if kind == "train" and {*kinds} == {"train", None} and path not in children else kind
+        is_class = rest and any(other != rest for other in rests)
+        # A class may be called train, beside others, if there is no other split.
+        is_class = is_class or kind == "train" and {*kinds} == {"train", None} and path not in children
+        return None if is_class or wanted and names.keys() >= wanted else kind
 
-    kinds = {path: [find_kind(*path[: i + 1]) for i in range(len(path))] for path in paths}
-    splits = {path: [None, *(kind for kind in kinds[path] if kind in SPLITS)][-1] for path in paths}
-    classes = {path: [name for name, kind in zip(path, kinds[path]) if not kind] for path in paths}
-    top = len(os.path.commonprefix([names for names in classes.values() if names]))  # folders on the way
-    classes = {path: names[top:] for path, names in classes.items() if names[top:]}
-    found = {splits[path] for path in classes}
-    labels = {names[0] for names in classes.values()}
+    kinds = {path: [find_kind(path[: i + 1]) for i in range(len(path))] for path in paths}
+    names = {path: [name for name, kind in zip(path, kinds[path]) if not kind] for path in paths}
+    top = len(os.path.commonprefix([*filter(None, names.values())]))  # folders on the way
+    classes = {path: names[path][top] for path in paths if names[path][top:]}
+    splits = {path: [None, *filter(SPLITS.__contains__, kinds[path])][-1] for path in classes}
+    single = len({*splits.values()}) == 1  # which is no split
+    labels = {*classes.values()}
     odd = ["/".join(path) for path in classes if "other" in kinds[path]]
-    last = [name for _, name in {(names[0], names[-1]) for names in classes.values()}]
+    last = [name for _, name in {(classes[path], names[path][-1]) for path in classes}]
     is_doubtful = (
         len(last) - len({*last}) > 1  # classes of one name, in several folders
         or len({parse_name(label)[0] for label in labels}.intersection(SPLITS)) > 1
-        or found == {"train", None}
+        or {*splits.values()} == {"train", None}
     )
     if odd or is_doubtful and not (wanted and labels >= wanted):
         places = listed("/".join(path[:-1]) or "." for path in classes)
         raise UserError(
             f"{source}: is each of these a class: {listed(odd or sorted(labels))} (in {places})? {REMEDY}"
         )
-    # A single split is none; beside train/ only other splits count.
-    return {
-        path: (len(found) > 1 and splits[path] or "train", names[0])
-        for path, names in classes.items()
-        if splits[path] or "train" not in found
-    }
+    if "train" in splits.values():  # then the rest of the images is in no split
+        classes = {path: label for path, label in classes.items() if splits[path]}
+    return {path: ("train" if single else splits[path] or "train", label) for path, label in classes.items()}
 
 
 def read_folder(root, source, skipped, wanted):
