@@ -145,13 +145,13 @@ def is_visible(name):
 def walk(root):
     """Yield each folder in and below `root`, a Path, with the sorted names of its visible files.
 
-    Links are followed, but each real folder comes once, by its own name where it has one below `root`: a link to a
-    parent folder would never end. Raises OSError for a folder that may not be read."""
+    Links are followed, but each real folder comes once, by its own name where it has one below `root`, and those
+    above `root` not at all: a link to a parent folder would never end. Raises OSError for an unreadable folder."""
 
     def fail(error):
         raise error  # os.walk would leave the folder out without a word
 
-    seen, roots = set(), [Path(root)]
+    seen, roots = set(map(str, Path(root).resolve().parents)), [Path(root)]
     for start in roots:  # which grows
         for here, folders, names in os.walk(start, onerror=fail):
             real = os.path.realpath(here)
@@ -176,26 +176,52 @@ def image_files(folder):
     return sorted(images, key=Path.as_posix), others
 
 
+def is_deep(image):
+    """Return a true value for an opened image of more than 8 bits a channel, also where Pillow calls it RGB."""
+    tile, stream = (
+        str(getattr(image, "tile", "")),
+        b"",
+    )  # what Pillow tells its decoder; empty once it is loaded
+    if "jpeg2k" in tile:
+        image.fp.seek(0)
+        stream = image.fp.read()
+    return (
+        image.mode[0] in "IF"  # integers or floats of 16 or 32 bits
+        # The raw mode of PNG, TIFF, SGI and others; of PPM the largest value, from 256 to 65535.
+        or re.search(r";16[BLN]|SGI16|'ppm.*', (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)", tile)
+        # Of planar TIFF the mode does not tell, but BitsPerSample.
+        or max(getattr(image, "tag_v2", {}).get(258, ()), default=8) > 8
+        # Of JPEG 2000 the SIZ marker, 38 bytes further on: a sign bit and the number of bits less one.
+        or re.search(rb"\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]", stream, re.DOTALL)
+    )
+
+
 def decode(file):
     """Read an image upright, as a PIL image of mode "L" or "RGB"; transparent pixels are laid on white.
 
-    `file`: a path, a file object, a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged
-    files, and for 16-bit and float images, whose values Pillow would cut off silently."""
+    It is "L" where all its pixels are grey, however they are stored, so that equal pictures are equal. `file`: a path,
+    a file object, a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged files, and for 16-bit
+    and float images, whose values Pillow would cut off silently."""
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else file
         if not isinstance(image, Image.Image):
             image = Image.open(file)
-        # Pillow opens 16-bit colour as 8-bit RGB, but the decoder's raw mode ("RGB;16B") tells.
-        if image.mode[0] in "IF" or re.search(";16[BLN]", str(getattr(image, "tile", ""))):
+        if is_deep(image):
             raise ValueError("more than 8 bits a channel: convert it to 8-bit grey or RGB")
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF, of a dozen kinds: the pixels are fine
             image = ImageOps.exif_transpose(image)
-        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert(mode)
+        if image.mode in ("1", "L"):
+            return image.convert("L")
+        image = image.convert("RGB")
+        for part in (image.resize((8, 8), Image.Resampling.NEAREST), image):  # a few pixels tell of most
+            values = part.tobytes()  # red, green, blue, red, ...
+            if not values[::3] == values[1::3] == values[2::3]:
+                return image
+        return image.convert("L")
     except Exception as error:  # of a damaged file: a dozen kinds, depending on its format
         if getattr(error, "filename", None):
             raise  # no such file, no permission

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
 from PIL import Image
+from safetensors import safe_open
 from torchvision import datasets
 
 import common
@@ -106,6 +108,9 @@ def test_default_images_stay_the_same(default_data):
         for name, content in data.items():
             assert archive.read(name.replace("val/", "train/")) == content, name
     assert [path.name for path in default_data.iterdir()] == ["data"]
+    with safe_open(ROOT / "vit_features.safetensors", "pt") as recorded:
+        hashes = json.loads(recorded.metadata()["json"])["images"]
+    assert common.load_data(str(default_data / "data")).description["sha256"] == hashes
 
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official files are not in {OFFICIAL}")
@@ -258,10 +263,10 @@ def test_shares(prepare, tmp_path, splits, options, sizes, over):
 
 def test_equal_images_stand_in_one_split_only(prepare, tmp_path):
     files = images(6, "train/cat", "train/dog", "val/cat", "val/dog", "test/cat", "test/dog")
-    files["train/dog/again.bmp"] = saved(noise(0), "BMP")  # the pixels of train/cat/0.png
+    files["train/cat/again.bmp"] = saved(noise(0), "BMP")  # the pixels of train/cat/0.png
     files["train/cat/in val.png"] = files["val/cat/0.png"]
-    files["val/cat/in test.png"] = files["test/dog/0.png"]
-    files["test/cat/twice in test.png"] = files["test/dog/1.png"]
+    files["val/dog/in test.png"] = files["test/dog/0.png"]
+    files["test/dog/twice in test.png"] = files["test/dog/1.png"]
     result = prepare("--source", write(tmp_path / "s", files))
     data = result.data
     where = {}
@@ -270,6 +275,128 @@ def test_equal_images_stand_in_one_split_only(prepare, tmp_path):
     assert where[noise(31).tobytes()] == ["test", "test"] and where[noise(30).tobytes()] == ["test"]
     assert where[noise(12).tobytes()] == ["val"] and len(where[noise(0).tobytes()]) == 1
     assert len(where) == 36 and len(data) == 37 and "3 duplicates" in result.stdout
+
+
+def test_an_image_in_two_classes_is_named_and_left_out_of_both(prepare, tmp_path):
+    grey = noise(99, 6, 6)
+    same = {"train/cat/a.png": grey, "train/cat/twice.png": grey, "test/dog/b.png": np.dstack([grey] * 3)}
+    files = images(10, "train/cat", "train/dog", "test/cat", "test/dog")
+    source = write(tmp_path / "s", files | {name: saved(image) for name, image in same.items()})
+    assert_user_error(
+        prepare("--source", source), "cat/", "test/dog/b.png", "in several classes", "--skip-bad"
+    )
+    result = prepare("--source", source, "--skip-bad")
+    assert set(result.data.values()) == set(files.values()) and "3 damaged" in result.stdout
+
+
+# Folders, options, images a class in train, val and test, classes.
+LAYOUTS = [
+    ("training_set/training_set test_set/test_set", "", (4, 1, 5), "cat dog"),
+    ("a/seg_train/seg_train a/seg_test/seg_test a/seg_pred:", "", (4, 1, 5), "cat dog"),
+    ("x/dataset/Training_Images x/dataset/Validation x/dataset/test:", "", (4, 5, 1), "class_1 class_2"),
+    ("train/train test1/test1:", "", (3, 1, 1), "c0 c1 c2"),
+    ("train test", "", (4, 1, 5), "train car plane"),
+    ("Train Test: Meta:", "", (3, 1, 1), "00001 00002"),
+    (". test:", "", (3, 1, 1), "cat dog"),
+    (". test:", "--classes cat dog test", (3, 1, 1), "cat dog test"),
+    (". test", "", (4, 1, 5), "cat dog"),
+    (".", "", (3, 1, 1), "train car plane"),
+    (".", "", (3, 1, 1), "mask no_mask test_tube"),
+    (".", "", (3, 1, 1), "кошка 猫 test_猫"),
+    (".", "", (3, 1, 1), "train_station bus_station airport"),
+    (". cell_images", "--classes cat dog", (3, 1, 1), "cat dog"),
+    ("cat/train: cat/test: dog/train: dog/test:", "", (4, 1, 5), "cat dog"),
+    ("cat/images: dog/images:", "", (3, 1, 1), "cat dog"),
+]
+
+
+@pytest.mark.parametrize("folders, options, sizes, classes", LAYOUTS)
+def test_classes_and_splits_are_found(prepare, tmp_path, folders, options, sizes, classes):
+    """A folder that ends in a colon has images, the others have a folder of each class."""
+    nested = [f"{folder}/{c}" for folder in folders.split() if folder[-1] != ":" for c in classes.split()]
+    flat = [folder[:-1] for folder in folders.split() if folder[-1] == ":"]
+    source = write(tmp_path / "s", images(5, *nested, *flat))
+    result = prepare("--source", source, *options.split())
+    expected = zip(("train", "val", "test"), sizes)
+    assert counts(result.data) == {f"{split}/{c}": n for split, n in expected for c in classes.split()}, (
+        result
+    )
+    left = [folder for folder in flat if not folder.startswith(("cat/", "dog/"))]
+    assert options or all(folder in result.stdout for folder in left)
+
+
+UNCLEAR = {
+    "train_images test_images": "test_images",
+    "images_001 images_002": "images_001",
+    "HAM_images_part_1 HAM_images_part_2": "part_1",
+    "images annotations/trimaps": "annotations/trimaps",
+    "train/images valid/images": "train/images",
+    "VOC/JPEGImages VOC/SegmentationClass": "SegmentationClass",
+    "trainA trainB testA testB": "testA",
+    "cats_train cats_test dogs_train dogs_test": "cats_test",
+    "cat dog all/cat all/dog": "all",
+    "top/color/cat top/color/dog top/grey/cat top/grey/dog": "top/color, top/grey",
+    "train/cat train/dog dev/cat dev/dog": "dev",
+    "train/cat train/dog more": "more",
+    "cat/images cat/masks dog/images dog/masks": "cat/masks",
+    "cat dog/test": "few",
+}
+
+
+@pytest.mark.parametrize("folders", UNCLEAR)
+def test_folders_that_may_be_no_classes_are_refused(prepare, tmp_path, folders):
+    source = write(tmp_path / "s", images(5, *folders.split()) | {"train.csv": b""})
+    result = prepare("--source", source)
+    assert_user_error(result, UNCLEAR[folders])
+    assert not result.data
+
+
+def test_links_are_followed_once_and_unreadable_folders_are_errors(prepare, tmp_path, monkeypatch):
+    source = write(tmp_path / "s", CAT_DOG)
+    write(tmp_path / "elsewhere", images(10, "bird", start=50))
+    (source / "bird").symlink_to(tmp_path / "elsewhere/bird")
+    (source / "cat/parent").symlink_to(source)
+    (source / "dog/above").symlink_to(tmp_path.parent)
+    data = prepare("--source", source).data
+    assert counts(data) == {f"{split}/{c}": n for split, n in SIX_TWO_TWO for c in ("bird", "cat", "dog")}
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert_user_error(prepare("--source", source), "s/dog: Permission denied")
+
+
+SIX_TWO_TWO = (("train", 6), ("val", 2), ("test", 2))
+
+
+@pytest.mark.parametrize("name", ["кот", "猫", "cat"])
+def test_names_in_a_zip(prepare, tmp_path, name):
+    files = {file.replace("cat", name).replace("/", "\\"): data for file, data in CAT_DOG.items()}
+    archive = write(tmp_path / "s.zip", files)
+    data = prepare("--source", archive).data
+    assert counts(data) == {f"{split}/{c}": n for split, n in SIX_TWO_TWO for c in (name, "dog")}
+    # Without the flag for UTF-8 the code page of the names is unknown.
+    content = archive.read_bytes().replace(b"PK\3\4\x14\0\0\x08", b"PK\3\4\x14\0\0\0")
+    archive.write_bytes(content.replace(b"PK\1\2\x14\3\x14\0\0\x08", b"PK\1\2\x14\3\x14\0\0\0"))
+    if name.isascii():
+        assert prepare("--source", archive).data == data
+    else:
+        assert_user_error(prepare("--source", archive), "code page", "unpack it")
+
+
+def test_other_suffixes_are_counted_in_a_short_line(prepare, tmp_path):
+    names = (
+        [f"cat/{i:04}" for i in range(300)]
+        + [f"cat/x.{i:04}" for i in range(99)]
+        + ["dog/0.HEIC", "dog/1.HEIC"]
+    )
+    result = prepare("--source", write(tmp_path / "s", dict.fromkeys(names, b"")))
+    assert_user_error(result, "300 without a suffix", "2 .heic", "96 more")
+    assert len(result.stderr) < 400
 
 
 def test_what_is_skipped_is_said(prepare, tmp_path):
@@ -294,17 +421,33 @@ def test_files_are_copied_as_they_are(prepare, tmp_path):
     assert counts(data) == {"train/cat": 2, "val/cat": 2, "train/v1.0": 2, "val/v1.0": 1}
 
 
+def deep_images():
+    """Files of colour images with 16 bits a channel that Pillow opens as RGB, by suffix."""
+    values = noise(1, 6, 6, 3).astype("<u2") * 257
+    planes = values.transpose(2, 0, 1).tobytes()
+    # Width, height, bits at 8, no compression, RGB, the planes' offsets and lengths, 3 channels, planar
+    tags = [(256, 6), (257, 6), (258, 8), (259, 1), (262, 2), (273, 16), (277, 3), (279, 28), (284, 2)]
+    entries = [struct.pack("<2H2I", tag, 4, 3 if value in (8, 16, 28) else 1, value) for tag, value in tags]
+    entries[2] = struct.pack("<2H2I", 258, 3, 3, 8)
+    head = struct.pack("<2sHI3H2x6I", b"II", 42, 40 + len(planes), *[16] * 3, *[40, 112, 184], *[72] * 3)
+    tiff = head + planes + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    jp2 = saved(1, "JPEG2000")
+    start = jp2.index(b"\xff\x4f\xff\x51") + 42
+    jp2 = jp2[:start] + bytes([15, 1, 1] * 3) + jp2[start + 9 :]
+    return {"tif": tiff, "ppm": b"P6 6 6 65535 " + values.tobytes(), "jp2": jp2, "pgm": b"P2 1 1 999 5 "}
+
+
 def test_damaged_and_refused_images_are_named(prepare, tmp_path):
     files = {f"cat/bad{i}.png": saved(i)[:70] for i in range(4)}
     files["dog/deep.png"] = saved(noise(1, 6, 6).astype(np.uint16))
     files["dog/float.tiff"] = saved(np.ones((6, 6), np.float32), "TIFF")
+    files |= {f"dog/deep.{suffix}": data for suffix, data in deep_images().items()}
     archive = write(tmp_path / "s.zip", CAT_DOG | files)
     result = prepare("--source", archive)
-    assert_user_error(result, "s.zip/cat/bad0.png", "bad3.png", "dog/deep.png", "6 in all")
+    assert_user_error(result, "s.zip/cat/bad0.png", "bad3.png", "dog/deep.jp2", "10 in all", "--skip-bad")
     assert "float.tiff" not in result.stderr and not result.data
     result = prepare("--source", archive, "--skip-bad")
-    data = result.data
-    assert len(data) == 20 and "6 damaged" in result.stdout
+    assert len(result.data) == 20 and "10 damaged" in result.stdout
 
 
 UNUSABLE = {"labels.csv": b"file,label", "parquet": {"data/0.parquet": b"PAR1", "README.md": b""}}
@@ -336,7 +479,9 @@ def test_names_in_a_zip_stay_inside(prepare, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*up*")) + list(tmp_path.glob("a/**/*up*"))
 
 
-@pytest.mark.parametrize("options", ["--classes cat Dog", "--per-class 1", "--val-fraction 0", "--out s"])
+@pytest.mark.parametrize(
+    "options", ["--classes cat Dog", "--per-class 1", "--val-fraction 0", "--out s", "--out s/data2"]
+)
 def test_bad_options_end_in_one_line(prepare, tmp_path, options):
     source = write(tmp_path / "s", CAT_DOG)
     assert_user_error(prepare("--source", source, *options.split()), options.split("/")[-1].split()[-1][:4])
