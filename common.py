@@ -442,8 +442,10 @@ def training_loader(accelerator, dataset, batch_size):
 
     `batch_size` is that of all processes together: Accelerate gives each its share of every batch. All batches are of
     one size: the last images of an epoch, others each time, are left out where they fill none."""
-    settings = {"shuffle": True, "generator": dataset.order, "drop_last": True, "collate_fn": whole}
-    return accelerator.prepare(DataLoader(dataset, batch_size, **settings))
+    loader = DataLoader(
+        dataset, batch_size, shuffle=True, generator=dataset.order, drop_last=True, collate_fn=whole
+    )
+    return accelerator.prepare(loader)
 
 
 def evaluation_loader(accelerator, dataset, batch_size=256):
@@ -738,7 +740,7 @@ def model_name(options, parser, base):
     for key in sorted(vars(options).keys() - ASIDE):
         value = getattr(options, key)
         if value != parser.get_default(key):
-            text = "-".join(map(str, value)) if isinstance(value, list) else value
+            text = str(value).strip("[]").replace(", ", "-")  # a list: 32-64-128
             parts.append(f"{key}={text}".removesuffix("=True").replace("_", "-"))
     return re.sub(r"[^\w.=,+-]+", "-", ",".join(parts))  # no blanks: nothing needs quotes in a shell
 
@@ -1046,12 +1048,10 @@ def make_classifier(run, config, model, backbone=None):
     """Load a run's best weights into `model`; return a function from images to class probabilities.
 
     `backbone`: what stands before the model, if it is a probe."""
-    trained, ours = config["identity"]["network"].splitlines(), repr(model).splitlines()
-    if trained != ours:
-        pairs = itertools.zip_longest(trained, ours, fillvalue="nothing")
-        theirs, here = next(pair for pair in pairs if pair[0] != pair[1])
+    if repr(model) != config["identity"]["network"]:
         raise UserError(
-            f"{run}: has {theirs.strip()}, the class in this script {here.strip()}: use the run's script"
+            f"{run}: its network is not what this script makes: the class here has changed since, or the run is of "
+            f"another script ({config['command']}): use the script as it was"
         )
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
