@@ -390,9 +390,8 @@ def extract_all(options, data, backbone, record, accelerator):
     """Return of each choice the features as `prepare` takes them, and the seconds they took, those of test/ aside."""
     features, seconds = {choice: {} for choice in backbone.choices}, Counter()
     for split in data.pixels:
-        views = (
-            range(options.views) if options.views and split == "train" else [None]
-        )  # None: the plain image
+        # None: the plain images.
+        views = range(options.views) if options.views and split == "train" else [None]
         for view in views:
             parts = extract(options, data, split, view, backbone, record, accelerator)
             for choice in backbone.choices:
@@ -508,9 +507,8 @@ def main():
         record |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
     exit_code = 0
     for options in settings:
-        if (
-            features is None or args.views
-        ):  # plain features serve all runs; the crops of views depend on the seed
+        # Plain features serve all runs; the crops of views depend on the run's seed.
+        if features is None or args.views:
             features, seconds = extract_all(options, data, backbone, record, accelerator)
         choice = options.features
         # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
