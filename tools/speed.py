@@ -175,9 +175,10 @@ def copy_runs(template, folder, number):
         config = original | {"lr": lr, "schedule": schedule, "seed": seed, "model": model}
         changed = {"network": f"Network of {model}"}
         if models[model] != "pixels":
-            changed |= {"backbone": vit, "features": models[model]}
+            changed |= {"backbone": vit, "features": models[model], "views": 0, "image_size": 224}
             counts = {"parameters": vit["parameters"] + 1158, "trained": 1158}
             config |= changed | counts | {"data": original["data"] | {"image_size": 224}}
+        config["options"] = original["options"] | changed
         config["identity"] = original["identity"] | changed
         config["command"] = (
             f"python {'train_vit_probe' if 'ViT' in model else 'train_cnn'}.py --lr {lr} --seed {seed}"
