@@ -2,19 +2,22 @@
 
     python profile_models.py
     python profile_models.py --data-dir my-data --batch-size 16
+    python profile_models.py --steps 20                             (sooner done, less exact)
 
 Runs `train_epoch` of train_cnn.py and train_vit_probe.py on the first batches of each epoch, each model in a process
 of its own. Reads the images as these scripts do, and no weights: the ViT's are random, as the time does not depend on
-them. Writes report/profile.md, its table as report/profile.json for evaluate.py, and
+them. Writes report/profile.md, the same as report/profile.json for evaluate.py, and
 profile/<row>-<n>-epochs.trace.json.gz, to be opened at https://ui.perfetto.dev."""
 
+import gzip
 import json
-import math
 import multiprocessing
 import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,169 +37,211 @@ ROWS = {
     "cached": "ViT-Tiny probe, cached features",
 }
 TRACES = Path("profile")
+PROC = Path("/proc/self")  # what Linux tells a process of itself
 NOTES = [
-    "Step time: median and 90th percentile after a warm-up, without the profiler.",
-    "Waiting for data: share of a step until its batch is there, cropped and flipped.",
-    "Peak memory: the most at once, on a GPU by torch.cuda.max_memory_allocated, else of the process.",
-    "Before training: what libraries, images and the model had needed of that before the first step.",
+    "Step time: median, and in brackets the 90th percentile, after a warm-up and without the profiler.",
+    "Waiting for data: share of a step until its batch is there. The loader is one batch ahead: a step waits while the "
+    "next batch is cropped and flipped.",
+    "Before: memory held before the first step, by libraries, images and model.",
     "MFLOPs: of a forward pass of one image, 2 for a multiply-add (torch.utils.flop_counter).",
     "Device idle (on a GPU): share of the steps' time in which it computes and copies nothing.",
     "Cached features take their forward passes once, before the training: they are not in that row.",
-    "Traces hold the first steps of each epoch, with the spans data and Optimizer.step. Open them at "
+    "Traces, in profile/, hold the first steps of each epoch, with the spans data and Optimizer.step. Open them at "
     "https://ui.perfetto.dev.",
 ]
 
 
 def now():
-    """Return the time in seconds, once the device has done all that it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    """Return the time in seconds, once the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
+def reset_peak(device):
+    """Let `peak_memory` count from now on, where the system can do that; returns a note on what it counts."""
+    with suppress(OSError):  # not Linux, or a sandbox
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return "Peak memory: the most of the GPU's held at once in the steps."
+        (PROC / "clear_refs").write_text("5")  # sets VmHWM back to what is held now
+        return "Peak memory: the most that the process held at once in the steps."
+    return "Peak memory: of the whole process, its start included: this system cannot count the steps alone."
+
+
 def peak_memory(device):
-    """Return the most memory held at once so far, in MB: the GPU's, else the process's; nan if unknown."""
+    """Return the most MB held at once since `reset_peak`, on a GPU the GPU's, else the process's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    try:
+    with suppress(OSError, TypeError):
+        return int(re.search(r"VmHWM:\s+(\d+) kB", (PROC / "status").read_text())[1]) * 1.024e-3
+    with suppress(ImportError):  # Windows has no such module
         import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return None
 
 
 def prepare(row, args, accelerator):
-    """Return what one of ROWS trains with: script, its options, model, optimizer and batches; and all parameters."""
+    """Return what one of ROWS trains with: script, its options, model, optimizer, loader; then what its row tells of.
+
+    That is the whole network, which has the backbone also where the model does without it, and the data."""
     script = train_cnn if row == "cnn" else probe
     parser = script.make_parser()
-    batch_size = args.batch_size or parser.get_default("batch_size")
-    parser.set_defaults(data_dir=args.data_dir, batch_size=batch_size)
-    options = parser.parse_args([])
-    lists = [key for key in ("features", "lr", "schedule", "seed") if key in options]
-    (options,) = common.each_run(options, *lists)
+    parser.set_defaults(data_dir=args.data_dir, batch_size=args.batch_size)
+    (options,) = common.each_setting(parser.parse_args([]), "lr", "schedule", "seed")
     data = common.open_data(accelerator, options)
     if row == "cnn":
-        model, optimizer, batches, _ = train_cnn.prepare(options, data, accelerator)
-        modules = [model]
+        model, optimizer, loader, _ = train_cnn.prepare(options, data, accelerator)
+        network = nn.Sequential(model)
     else:
-        choice, size = options.features, data.image_size
-        features = {"train": [torch.randn(len(data.labels["train"]), probe.values(choice)).half()]}
-        model, optimizer, batches, _ = probe.prepare(options, data, features, accelerator)
-        modules = [probe.open_backbone(None, [choice], size, accelerator), model]
-    parameters = sum(p.numel() for module in modules for p in module.parameters())
-    if row == "cached":
-        modules = [model]
+        backbone = probe.open_backbone(None, options.features, data.image_size, accelerator)
+        features = {"train": [torch.randn(len(data.labels["train"]), *backbone.lengths).half()]}
+        model, optimizer, loader, _ = probe.prepare(options, data, features, accelerator)
+        network = nn.Sequential(backbone, model)
     if row == "vit":
-        images = common.Images(data.pixels["train"].to(accelerator.device), vars(options), size)
-        labels, seed = batches.labels, options.seed
-        batches = common.Batches(accelerator, images.augmented, labels, batch_size, seed)
-    return script, options, nn.Sequential(*modules), optimizer, batches, parameters
+        pixels = data.pixels["train"].to(accelerator.device)
+        images = common.ImageDataset(pixels, loader.dataset.labels, data.image_size, options.crop_scale)
+        model, loader = network, common.training_loader(accelerator, images, args.batch_size)
+    return (script, options, model, optimizer, loader), network, data
 
 
-def train(accelerator, prepared, epochs, steps, clock=time.perf_counter):
-    """Train the first `steps` steps of each of `epochs` epochs, with what `prepare` returns.
+def train(accelerator, prepared, epochs, steps):
+    """Train the first `steps` steps of each of `epochs` epochs, with the first that `prepare` returns.
 
-    Returns the seconds of each step, from asking for its batch to asking for the next, and those until its batch was
-    there: lists of epochs * steps."""
-    script, options, model, optimizer, batches, _ = prepared
-    asked, seconds, waits = [], [], []
+    Returns float64 [epochs * steps, 2]: the seconds until a step's batch was there, and from then to the step's end."""
+    script, options, model, optimizer, loader = prepared
+    seconds = []
 
-    def watch(batches):
-        while True:
-            asked.append(clock())
+    def watch(marks):
+        batches = iter(loader)
+        marks.append(now())
+        for _ in range(steps):
             with record_function("data"):
                 batch = next(batches)
-            waits.append(clock() - asked[-1])
+            marks.append(time.perf_counter())
             yield batch
+            # As in a training, no step waits for a GPU, which may be some steps behind: only the last one does.
+            marks.append(time.perf_counter())
+        marks[-1] = now()
+        loader.end()  # Accelerate would else go on counting it as being read
 
-    rates = [options.lr] * steps  # train_epoch ends where there is no rate for a batch
     for epoch in range(epochs):
-        watched = watch(batches.epoch(epoch))
-        script.train_epoch(accelerator, model, optimizer, watched, rates, options.label_smoothing)
-        asked.append(clock())
-        seconds.extend(np.diff(asked))
-        asked.clear()
-    return seconds, waits
+        marks, rates = [], [options.lr] * steps
+        loader.dataset.start_epoch(epoch)
+        script.train_epoch(accelerator, model, optimizer, watch(marks), rates, options.label_smoothing)
+        seconds.extend(np.diff(marks))
+    return np.reshape(seconds, (-1, 2))
 
 
-def count_mflops(model, batches):
+def count_mflops(model, dataset):
     """Return the MFLOPs of a forward pass of one training image."""
-    inputs, _ = next(batches.epoch(0))
+    inputs, _ = dataset.__getitems__([0])
     # The counter does not know the CPU's fused attention: the plain one has the same products.
     plain = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
-        model(inputs)
-    return counter.get_total_flops() / len(inputs) / 1e6
+        model.eval()(inputs)
+    return counter.get_total_flops() / 1e6
+
+
+def busy_seconds(events):
+    """Return the seconds in which a GPU computed or copied, by a trace's `events`: a list of dicts, in microseconds."""
+    # All of it waits in one queue, so nothing overlaps. Spans such as Optimizer.step are there too, as annotations.
+    work = "kernel", "gpu_memcpy", "gpu_memset"
+    return sum(event["dur"] for event in events if event.get("cat") in work) / 1e6
 
 
 def measure(row, args):
-    """Return of one of ROWS the cells of the table, those of its traces and the environment."""
+    """Return what profile.json says of one of ROWS."""
     accelerator = common.make_accelerator(args.mixed_precision)
     device = accelerator.device
-    prepared = prepare(row, args, accelerator)
-    _, options, model, _, batches, parameters = prepared
-    before = peak_memory(device)
-    count = 10 if row == "vit" and device.type == "cpu" else 150  # steps
-    steps = min(count, len(batches))
-    epochs = math.ceil(count / steps)
-    train(accelerator, prepared, 1, math.ceil(steps / 5))  # warm-up
-    seconds, waits = train(accelerator, prepared, epochs, steps, clock=now)
-    step_seconds = np.mean(seconds)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    prepared, network, data = prepare(row, args, accelerator)
+    _, _, model, _, loader = prepared
+    count = args.steps or (10 if row == "vit" and device.type == "cpu" else 150)
+    steps = min(count, len(loader))
+    peak_note, before = reset_peak(device), peak_memory(device)
+    train(accelerator, prepared, 1, steps // 5 + 1)  # warm-up
+    seconds = train(accelerator, prepared, count // steps, steps)
+    peak = peak_memory(device)
+    median, most = 1e3 * np.quantile(seconds.sum(1), [0.5, 0.9])
+    mean = seconds.sum() / len(seconds)
     cells = {
         "Model": ROWS[row],
-        "Step time (ms)": f"{1e3 * np.median(seconds):.2f}",
-        "90th percentile (ms)": f"{1e3 * np.quantile(seconds, 0.9):.2f}",
-        "Images/s": f"{options.batch_size / step_seconds:,.0f}",
-        "Waiting for data": f"{sum(waits) / sum(seconds):.1%}",
-        "Peak memory (MB)": f"{peak_memory(device):,.0f}",
-        "Before training (MB)": f"{before:,.0f}",
-        "Batch": options.batch_size,
-        "Precision": accelerator.mixed_precision.replace("no", "fp32"),
-        "Parameters": f"{parameters:,}",
-        "Trainable": f"{trainable:,}",
-        "MFLOPs an image": f"{count_mflops(model, batches):,.4g}",
+        "Step time (ms)": f"{median:.2f} ({most:.2f})",
+        "Images/s": f"{args.batch_size / mean:,.0f}",
+        "Waiting for data": f"{seconds[:, 0].sum() / seconds.sum():.1%}",
+        "Peak memory (MB)": f"{peak:,.0f}" if peak else "",
+        "Before (MB)": f"{before:,.0f}" if before else "",
+        "Parameters": f"{sum(p.numel() for p in network.parameters()):,}",
+        "Trained": f"{sum(p.numel() for p in network.parameters() if p.requires_grad):,}",
+        "MFLOPs an image": f"{count_mflops(model, loader.dataset):,.4g}",
     }
-    traces = []
     for number in args.epochs:
-        steps = min(len(batches), math.ceil(count / number))
         path = TRACES / f"{row}-{number}-epochs.trace.json.gz"
+        steps = min(len(loader), max(1, count // number))
         # Some versions of torch warn without acc_events, which changes nothing here.
         with torch.profiler.profile(acc_events=True) as profiler:
             train(accelerator, prepared, number, steps)
         profiler.export_chrome_trace(str(path))
-        traces.append({"Trace": path.as_posix(), "Epochs": number, "Steps an epoch": steps})
     if device.type == "cuda":  # of the last trace
-        sums = profiler.key_averages()
-        kernels = sum(event.self_device_time_total for event in sums if event.key.startswith("aten::"))
-        cells["Device idle"] = f"{1 - kernels / 1e6 / (number * steps * step_seconds):.1%}"
-    return cells, traces, common.environment(accelerator)
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        cells["Device idle"] = f"{1 - busy_seconds(events) / number / steps / mean:.1%}"
+    return {
+        "row": row,
+        "network": repr(accelerator.unwrap_model(network[-1], keep_torch_compile=False)),
+        "images": data.description["sha256"]["train"],
+        "image_size": data.image_size,
+        "batch_size": args.batch_size,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "step_ms": median,
+        "peak_mb": peak,
+        "cells": cells,
+        "notes": [peak_note, *NOTES],
+        "environment": common.environment(accelerator),
+    }
 
 
-def write_report(results, out):
-    """Write profile.json and profile.md into the folder `out`, from what `measure` gave of each row."""
+def write_report(rows, args):
+    """Write profile.json and profile.md into the folder --out, from what `measure` gave of each row."""
     # Only here, as its imports would be part of each row's memory.
     from evaluate import markdown_table
 
-    rows, traces, environments = zip(*results)
-    environment = environments[1]  # with timm's version: the CNN does not import it
-    machine = f"{environment['device']}, {environment['threads']} thread(s), "
-    machine += ", ".join(map(" ".join, environment["versions"].items()))
-    profile = {"machine": machine, "rows": rows, "notes": NOTES}
-    common.atomic_write(out / "profile.json", json.dumps(profile, indent=2) + "\n")
-    lines = ["# Profile of the training", f"Machine: {machine}.", markdown_table(rows)]
-    lines.append("\n".join(f"- {note}" for note in NOTES))
-    lines += ["## Traces", markdown_table(sum(traces, []))]
-    common.atomic_write(out / "profile.md", "\n\n".join(lines) + "\n")
-    print(f"\n{markdown_table(rows)}\nwrote {out / 'profile.md'} and profile.json; traces in {TRACES}/")
+    cnn, _, vit = rows
+    environment = vit["environment"]  # with timm's version: the CNN does not import it
+    versions = ", ".join(map(" ".join, environment["versions"].items()))
+    profile = {
+        "machine": f"{environment['device']}, {environment['threads']} thread(s), {versions}",
+        "data_dir": args.data_dir,
+        "images": vit["images"],
+        "notes": vit["notes"],
+        "rows": rows,
+    }
+    common.write_json(args.out / "profile.json", profile)
+    table = markdown_table([row["cells"] for row in rows])
+    notes = "\n- ".join(vit["notes"])
+    text = f"""# Profile of the training
+
+Machine: {profile["machine"]}.
+
+Training images of {args.data_dir}, the CNN's at {cnn["image_size"]} px, the ViT's at {vit["image_size"]} px, in
+batches of {args.batch_size}; precision {vit["precision"]}.
+
+{table}
+
+- {notes}
+"""
+    common.atomic_write(args.out / "profile.md", text)
+    print(f"\n{table}\nwrote {args.out / 'profile.md'} and profile.json; traces in {TRACES}/")
 
 
 def main():
+    """Measure all rows, one after another, and write the report."""
     parser = common.Parser(__doc__)
     add, positive = parser.add_argument, common.number(int, 1)
     add("--epochs", type=positive, nargs="+", default=[1, 3], help="a trace for each number (1 3)")
-    add("--batch-size", type=positive, help="(each script's own: 64 for the CNN, 32 for the probe)")
+    add("--steps", type=positive, help="measured, and in a trace (150; on a CPU 10 with the backbone)")
+    add("--batch-size", type=positive, default=64, help="images a step (64)")
     add("--data-dir", default=common.DATA_DIR, help="folder with train/ and val/ (data)")
     add("--out", type=Path, default=common.REPORT_DIR, help="folder for the report (report)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="(bf16 if the chip has it)")
@@ -204,13 +249,13 @@ def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes are of no use here
     for folder in (args.out, TRACES):
         folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for row, name in ROWS.items():
-        print(f"\n{name}", flush=True)
+    rows = []
+    for row in ROWS:
+        print(f"\n{ROWS[row]}", flush=True)
         # In a fresh process, so that its memory is of this row alone.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            results.append(pool.submit(measure, row, args).result())
-    write_report(results, args.out)
+            rows.append(pool.submit(measure, row, args).result())
+    write_report(rows, args)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,30 @@
-"""profile_models.py: its report, and figures and traces that agree with counting; tools/record_features.py."""
+"""profile_models.py: its report, figures that agree with counting and with a clock and memory of the test's, traces."""
 
+import argparse
 import collections
 import gzip
 import json
+from types import SimpleNamespace
 
 import forked
+import numpy as np
 import pytest
 import torch
+from accelerate.state import GradientState
 from conftest import WEIGHTS, assert_user_error, first_images, needs_weights, run_script
 
 import common
+import profile_models
+import train_cnn
 import train_vit_probe
 
-# One of each in a step.
-SPANS = {"data": 1, "Optimizer.step#AdamW.step": 1}
+SPANS = ["data", "Optimizer.step#AdamW.step"]  # one of each in a step
+# A stand-in for Apple's GPU, which Python imports at its start, in the processes that measure too: torch says that
+# there is one, and whoever takes it fails.
+APPLE = """import functools, torch
+torch.backends.mps.is_available = torch.accelerator.is_available = functools.lru_cache(lambda: True)
+torch.accelerator.current_accelerator = lambda *args, **kwargs: torch.device("mps")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,50 +35,57 @@ def small(default_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def profiled(small):
-    """A folder in which the script ran, by batches of 2: three steps an epoch; and the table's rows by model."""
-    options = ["--epochs", 1, 3, "--batch-size", 2, "--mixed-precision", "no", "--out", "out"]
-    done = run_script("profile_models.py", *options, cwd=small)
-    assert done.returncode == 0 and done.stderr == ""
-    profile = json.loads((small / "out" / "profile.json").read_text())
-    return small, {row["Model"]: row for row in profile["rows"]}
+    """A folder in which the script ran beside Apple's GPU, by batches of 2: three steps an epoch; and profile.json."""
+    (small / "sitecustomize.py").write_text(APPLE)
+    options = ["--epochs", 1, 3, "--batch-size", 2, "--mixed-precision", "no", "--out", "out", "--steps", 6]
+    done = run_script("profile_models.py", *options, cwd=small, env={"PYTHONPATH": str(small)})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert torch.cuda.is_available() or done.stdout.count("not on Apple's GPU") == 3
+    return small, json.loads((small / "out" / "profile.json").read_text())
 
 
 def number(cell):
-    return float(str(cell).replace(",", "").rstrip("%"))
+    return float(cell.replace(",", "").rstrip("%"))
 
 
 def trace(folder, row, epochs):
     """Return a trace's events that last."""
     file = folder / "profile" / f"{row}-{epochs}-epochs.trace.json.gz"
-    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    return [event for event in events if "dur" in event]
+    return [e for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] if "dur" in e]
 
 
 def test_report(profiled):
-    folder, rows = profiled
+    folder, profile = profiled
     text = (folder / "out" / "profile.md").read_text()
-    assert len(rows) == 3
-    for row in rows.values():
-        assert "| " + " | ".join(map(str, row.values())) + " |" in text
-        assert number(row["Batch"]) == 2 and row["Precision"] == "fp32"
-        assert 0 < number(row["Step time (ms)"]) <= number(row["90th percentile (ms)"])
-        assert 0 < number(row["Waiting for data"]) < 100
-        assert 50 < number(row["Before training (MB)"]) <= number(row["Peak memory (MB)"])
+    assert profile["machine"] in text and all(note in text for note in profile["notes"])
+    images = common.load_data(str(folder / "data")).description["sha256"]["train"]
+    assert (profile["data_dir"], profile["images"]) == ("data", images)
+    cnn = repr(train_cnn.make_model(train_cnn.make_parser().parse_args([]), 1, 6))
+    probe = repr(train_vit_probe.LinearProbe(192, 6))
+    expected = [("cnn", cnn, 28), ("vit", probe, 224), ("cached", probe, 224)]
+    assert [(row["row"], row["network"], row["image_size"]) for row in profile["rows"]] == expected
+    for row in profile["rows"]:
+        cells = row["cells"]
+        assert (row["batch_size"], row["precision"]) == (2, "fp32") and len(cells) <= 10
+        assert "| " + " | ".join(cells.values()) + " |" in text
+        assert cells["Step time (ms)"].startswith(f"{row['step_ms']:.2f} (")
+        assert cells["Peak memory (MB)"] == f"{row['peak_mb']:,.0f}"
+        assert 0 < number(cells["Waiting for data"]) < 100
+        assert 50 < number(cells["Before (MB)"]) <= number(cells["Peak memory (MB)"])
     assert not (folder / "runs").exists() and not (folder / "features").exists()
 
 
 def test_parameters_and_operations_equal_counting(profiled):
-    cnn, vit, cached = profiled[1].values()
+    cnn, vit, cached = (row["cells"] for row in profiled[1]["rows"])
     linear = 192 * 6 + 6
     tokens, width = 14 * 14 + 1, 192
     # Attention and MLP with their biases, two layer norms; class token, positions, patches, the last layer norm.
     block = (3 + 1 + 4 + 4) * width**2 + (3 + 1 + 4 + 1 + 2 * 2) * width
     backbone = 12 * block + (1 + tokens + 16 * 16 * 3 + 1 + 2) * width
     for row in (vit, cached):
-        assert (number(row["Parameters"]), number(row["Trainable"])) == (backbone + linear, linear)
+        assert (number(row["Parameters"]), number(row["Trained"])) == (backbone + linear, linear)
     parameters = 9 * (1 * 32 + 32 * 64 + 64 * 128) + 2 * (32 + 64 + 128) + 128 * 9 * 6 + 6
-    assert number(cnn["Parameters"]) == number(cnn["Trainable"]) == parameters
-
+    assert number(cnn["Parameters"]) == number(cnn["Trained"]) == parameters
     products = 9 * (32 * 28**2 + 32 * 64 * 14**2 + 64 * 128 * 7**2) + 128 * 9 * 6
     assert number(cnn["MFLOPs an image"]) == pytest.approx(2 * products / 1e6, rel=1e-3)
     assert number(cached["MFLOPs an image"]) == pytest.approx(2 * 192 * 6 / 1e6, rel=1e-3)
@@ -77,28 +95,78 @@ def test_parameters_and_operations_equal_counting(profiled):
 
 
 @pytest.mark.parametrize("row", ["cnn", "vit", "cached"])
-def test_traces_have_the_steps_asked_for(profiled, row):
-    for epochs in (1, 3):
+def test_traces_have_the_steps_asked_for_and_spans_hold_what_they_name(profiled, row):
+    for epochs, steps in (1, 3), (3, 2):  # of an epoch's three; six by --steps
         events = trace(profiled[0], row, epochs)
         count = collections.Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
-        assert {name: count[name] for name in SPANS} == {name: 3 * epochs * n for name, n in SPANS.items()}
+        assert [count[name] for name in SPANS] == [epochs * steps] * 2
         names = {event["name"] for event in events}
         assert ("aten::gelu" in names) == (row == "vit") and ("aten::max_pool2d" in names) == (row == "cnn")
-
-
-def test_spans_hold_what_they_name(profiled):
-    cases = [("vit", "data", "aten::grid_sampler"), ("cnn", "data", "aten::grid_sampler")]
-    for row, span, operator in cases:
-        events = trace(profiled[0], row, 1)
-        spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == span]
-        inside = [e["ts"] for e in events if e["name"] == operator]
-        assert inside and all(any(start <= ts <= end for start, end in spans) for ts in inside), operator
+        spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "data"]
+        crops = [e["ts"] for e in events if e["name"] == "aten::grid_sampler"]
+        assert all(any(start <= ts <= end for start, end in spans) for ts in crops)
+        assert bool(crops) == (row != "cached")
 
 
 def test_a_mistake_is_one_line(small):
     assert_user_error(forked.run("profile_models.py", "--epochs", 0, cwd=small), "--epochs")
     # Of the process that measures.
     assert_user_error(run_script("profile_models.py", cwd=small), "--batch-size 64", "2 to 6")
+
+
+@pytest.fixture
+def measured(folder, monkeypatch):
+    """A function: measure 3 x 6 steps with `work()`, by a clock: batches take 1 s, the rest 30 (warm-up), 3, 3, 9."""
+    clock, rests = SimpleNamespace(now=0), iter([30, 3, 3, 9])
+    get_batch = common.ImageDataset.__getitems__
+
+    def take(self, indices):
+        clock.now += 1
+        return get_batch(self, indices)
+
+    def measure(work):
+        def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
+            assert not GradientState().in_dataloader  # Accelerate's loader is left as if it had ended
+            rest = next(rests)
+            for _ in zip(loader, rates):
+                clock.now += rest
+                work()
+            clock.now += 1000  # between epochs
+
+        monkeypatch.setattr(train_cnn, "train_epoch", train_epoch)
+        args = {"steps": 18, "epochs": [], "batch_size": 8, "data_dir": "data", "mixed_precision": "no"}
+        return profile_models.measure("cnn", argparse.Namespace(**args))
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(profile_models, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(common.ImageDataset, "__getitems__", take)
+    return measure
+
+
+def test_time_is_that_of_the_measured_steps(measured):
+    """Neither the warm-up counts, nor the time between epochs, nor an epoch twice."""
+    row = measured(lambda: None)
+    assert row["step_ms"] == 4000 and row["cells"]["Step time (ms)"] == "4000.00 (10000.00)"
+    assert row["cells"]["Images/s"] == f"{8 / np.mean([1 + 3, 1 + 3, 1 + 9]):.0f}"
+    assert row["cells"]["Waiting for data"] == f"{3 / (4 + 4 + 10):.1%}"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_peak_memory_is_that_of_the_steps(measured, alone, monkeypatch, tmp_path):
+    """400 MB are freed before the steps, each step takes 200 MB."""
+    if not alone:  # a sandbox without these files
+        monkeypatch.setattr(profile_models, "PROC", tmp_path / "none")
+    np.ones(50_000_000)
+    row = measured(lambda: np.ones(25_000_000))
+    grown = row["peak_mb"] - number(row["cells"]["Before (MB)"])
+    assert 190 < grown < 300 if alone else grown < 190
+    assert ("whole process" in row["notes"][0]) == (not alone)
+
+
+def test_a_gpu_is_busy_with_kernels_and_copies():
+    kinds = {"kernel": 100, "gpu_memcpy": 20, "gpu_memset": 3, "cpu_op": 5000, "gpu_user_annotation": 7000}
+    events = [{"cat": kind, "ts": 0, "dur": dur} for kind, dur in kinds.items()] + [{"ph": "M"}]
+    assert profile_models.busy_seconds(events * 2) == pytest.approx(246e-6)
 
 
 @needs_weights
@@ -113,9 +181,7 @@ def test_recorded_features_are_half_a_step_off_at_most(small, tmp_path, monkeypa
     tensors, meta = common.load_tensors(file)
     assert meta["backbone"]["parameters"] == 5524416
     scale, low = tensors["scale"], tensors["offset"]
-
-    vit = train_vit_probe.load_vit(WEIGHTS, 224)
-    backbone = train_vit_probe.Backbone(vit, ["grid6"], "no")
+    backbone = train_vit_probe.Backbone(train_vit_probe.load_vit(WEIGHTS, 224), ["grid6"], "no")
     for split, pixels in data.pixels.items():
         exact = backbone(common.resize(pixels / 255, 224)).float()
         (grid,), (token,) = recorded["grid6"][split], recorded["class"][split]

@@ -36,6 +36,7 @@ def main():
         raise common.UserError("no weights: name their file in VIT_TINY_WEIGHTS")
     backbone = probe.open_backbone(file, args.features, args.image_size, accelerator)
     identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
+    identity |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
     features, _ = probe.extract_all(args, data, backbone, identity, accelerator)
     features = {split: views[0].float() for split, views in features["grid6"].items()}  # the only view
     low, high = torch.quantile(features["train"], torch.tensor([CUT, 1 - CUT]), dim=0)

@@ -7,9 +7,9 @@ Starts the scripts as commands and calls their functions. Reads the data folder 
 Writes results/speed.md anew after each table; runs and caches go to a temporary folder.
 """
 
+import argparse
 import collections
 import itertools
-import json
 import os
 import pstats
 import shutil
@@ -72,7 +72,7 @@ def process_table(args):
     """Whole process: the CNN against the usual way
 
     `train_cnn.py` from start to end, with validation, logs and a checkpoint each epoch and the predictions, against
-    `tools/usual_way.py`; ratios to the faster of its two. Targets: 0.28 on a processor with bf16, 0.45 on one without.
+    `tools/usual_way.py`; ratios to the faster of its two. Targets: 0.30 on a processor with bf16, 0.45 on one without.
     """
     epochs = ["--epochs", args.epochs]
     usual = [ROOT / "tools/usual_way.py", "--data-dir", args.data_dir, *epochs]
@@ -89,20 +89,25 @@ def process_table(args):
 def epoch_table(args):
     """CNN: an epoch against its arithmetic
 
-    An epoch of `train_epoch`, with the order of the images, their crops and the copies, against the same steps on
-    one batch that is ready on the device. Target: 1.08.
+    An epoch of `train_epoch`, with the order of the images, their crops and flips, against the same steps on one batch
+    that is ready on the device. Target: 1.08.
     """
     accelerator = common.make_accelerator()
-    _, options, model, optimizer, batches, _ = prepare("cnn", args, accelerator)
-    rates, smoothing = [options.lr] * len(batches), options.label_smoothing
-    batch, epochs = next(batches.epoch(0)), itertools.count()
+    (_, options, model, optimizer, loader), *_ = prepare("cnn", args, accelerator)
+    rates, smoothing, epochs = [options.lr] * len(loader), options.label_smoothing, itertools.count()
+    loader.dataset.start_epoch(0)
+    fixed = [next(iter(loader))] * len(loader)
+    loader.end()
 
-    def epoch(batches):
-        train_cnn.train_epoch(accelerator, model, optimizer, batches, rates, smoothing)
+    def as_trained():
+        loader.dataset.start_epoch(next(epochs))
+        train_cnn.train_epoch(accelerator, model, optimizer, loader, rates, smoothing)
 
     functions = {
-        "as trained": lambda: epoch(batches.epoch(next(epochs))),
-        "one fixed batch": lambda: epoch(itertools.repeat(batch)),
+        "as trained": as_trained,
+        "one fixed batch": lambda: train_cnn.train_epoch(
+            accelerator, model, optimizer, fixed, rates, smoothing
+        ),
     }
     in_turn(1, functions)  # warm-up
     seconds = in_turn(5 * args.repeats, functions)
@@ -116,20 +121,24 @@ def input_table(args):
     torchvision from the files.
     """
     accelerator = common.make_accelerator()
-    *_, batches, _ = prepare("cnn", args, accelerator)
+    (*_, loader), *_ = prepare("cnn", args, accelerator)
     epochs = itertools.count()
+
+    def batches():
+        loader.dataset.start_epoch(next(epochs))
+        collections.deque(loader, maxlen=0)
 
     def torchvision(workers):
         for images, _ in usual_loader(Path(args.data_dir, "train"), workers=workers):
             images.to(accelerator.device)
 
     functions = {
-        "batches": lambda: collections.deque(batches.epoch(next(epochs)), maxlen=0),
+        "ImageDataset": batches,
         "torchvision": lambda: torchvision(0),
         "torchvision, 2 workers": lambda: torchvision(2),
     }
     in_turn(1, functions)  # warm-up
-    return make_rows(f"{len(batches)} batches", in_turn(args.repeats, functions), "batches")
+    return make_rows(f"{len(loader)} batches", in_turn(args.repeats, functions), "ImageDataset")
 
 
 def probe_table(args):
@@ -155,18 +164,28 @@ def probe_table(args):
 
 def copy_runs(template, folder, number):
     """Fill folder/runs with `number` runs of five models, made from a trained one with noise in its predictions."""
-    config = common.read_json(template / "config.json")
+    original = common.read_json(template / "config.json")
     tensors, meta = common.load_tensors(template / "predictions.safetensors")
     models = {"CNN": "pixels", "ViT-Tiny-class": "class", "ViT-Tiny-last": "last", "ViT-Tiny-grid6": "grid6"}
-    models["CNN, widths 64"] = "pixels"
+    models["CNN,widths=64"] = "pixels"
+    vit = {"name": "vit_tiny_patch16_224", "weights": "pretrained", "sha256": "0", "parameters": 5524416}
+    vit |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     product = itertools.product([1e-3, 2e-3, 5e-3, 1e-2, 2e-2], ("cosine", "constant"), range(10), models)
     for lr, schedule, seed, model in itertools.islice(product, number):
-        config |= {"lr": lr, "schedule": schedule, "seed": seed, "model": model, "features": models[model]}
-        backbone = {"name": "ViT-Tiny", "weights": "pretrained", "sha256": "0", "parameters": 5524416}
-        config["backbone"] = backbone if model.startswith("ViT") else None
-        path = folder / common.run_folder(config)
+        config = original | {"lr": lr, "schedule": schedule, "seed": seed, "model": model}
+        changed = {"network": f"Network of {model}"}
+        if models[model] != "pixels":
+            changed |= {"backbone": vit, "features": models[model], "views": 0, "image_size": 224}
+            counts = {"parameters": vit["parameters"] + 1158, "trained": 1158}
+            config |= changed | counts | {"data": original["data"] | {"image_size": 224}}
+        config["options"] = original["options"] | changed
+        config["identity"] = original["identity"] | changed
+        config["command"] = (
+            f"python {'train_vit_probe' if 'ViT' in model else 'train_cnn'}.py --lr {lr} --seed {seed}"
+        )
+        path = folder / common.run_folder(argparse.Namespace(**config))
         path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps(config))
+        common.write_json(path / "config.json", config)
         shutil.copy(template / "metrics.jsonl", path)
         gen = common.generator(lr, schedule, seed, model)
         noisy = dict(tensors)
@@ -205,9 +224,13 @@ def stages_table(args):
     python(args.folder, "-m", "cProfile", "-o", file, *script, "--epochs", args.epochs)
     together = now() - began
     # By file and name: none of these is there twice.
-    stats = pstats.Stats(str(file)).stats.items()
-    cumulative = {(Path(path).name, name): times[3] for (path, _, name), times in stats}
-    batches = cumulative["common.py", "epoch"]
+    stats = {
+        (Path(path).name, name): times for (path, _, name), times in pstats.Stats(str(file)).stats.items()
+    }
+    cumulative = {key: times[3] for key, times in stats.items()}
+    # Accelerate's loader is read through tqdm in training, and directly by `predict`.
+    callers = stats["data_loader.py", "__iter__"][4]
+    batches = sum(times[3] for (_, _, name), times in callers.items() if name == "__iter__")
     stages = {
         "imports": cumulative["<frozen importlib._bootstrap>", "_find_and_load"],
         "reading the images": cumulative["common.py", "load_data"],
@@ -221,31 +244,7 @@ def stages_table(args):
     return make_rows(f"{args.epochs} epochs", stages | {"together": together}, "together")
 
 
-def threads_table(args):
-    """How OpenMP's threads wait for each other
-
-    Seconds of an epoch of the CNN with its validation (median, without the first) by environment variables, on an
-    idle machine and beside a process that keeps one core busy.
-    """
-    spin = "GOMP_SPINCOUNT"
-    settings = [{}, {spin: "10000"}, {spin: "100000"}, {"OMP_WAIT_POLICY": "passive"}]
-    seconds = collections.defaultdict(list)
-    for _, busy, setting in itertools.product(range(args.repeats), (False, True), settings):
-        other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-        try:
-            run = train(args, "train_cnn.py", "--epochs", 3, **setting)
-        finally:
-            if other:
-                other.kill()
-        (file,) = run.glob("*/metrics.jsonl")
-        name = " ".join(map("=".join, setting.items())) or "as it is"
-        for line in file.read_text().splitlines()[1:]:
-            seconds[f"{name}, {'one core busy' if busy else 'idle'}"].append(json.loads(line)["seconds"])
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return make_rows("Epoch", medians, "as it is, idle")
-
-
-TABLES = [process_table, epoch_table, input_table, probe_table, evaluate_table, stages_table, threads_table]
+TABLES = [process_table, epoch_table, input_table, probe_table, evaluate_table, stages_table]
 TABLES = {table.__name__.removesuffix("_table"): table for table in TABLES}
 
 
@@ -258,7 +257,7 @@ def main():
     add("--data-dir", type=os.path.abspath, default=os.path.abspath(common.DATA_DIR), help="(data)")
     add("--out", type=Path, default=ROOT / "results" / "speed.md", help="file (results/speed.md)")
     args = parser.parse_args()
-    args.batch_size = None  # for `prepare`: the scripts' own
+    args.batch_size = 64  # for `prepare`
     environment = common.environment(common.make_accelerator())
     machine = f"{environment['device']}, {environment['threads']} thread(s), {environment['precision']}"
     machine += f", torch {torch.__version__}"

@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--workers", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as this project, which cannot use Apple's GPU
     train_loader = usual_loader(args.data_dir / "train", workers=args.workers)
     val_loader = usual_loader(args.data_dir / "val", augment=False, workers=args.workers)
     model = usual_cnn(len(train_loader.dataset.classes)).to(device)
