@@ -96,7 +96,8 @@ def prepare(row, args, accelerator):
         model, optimizer, loader, _ = train_cnn.prepare(options, data, accelerator)
         network = nn.Sequential(model)
     else:
-        backbone = probe.open_backbone(None, options.features, data.image_size, accelerator)
+        vit = probe.load_vit(None, data.image_size)
+        backbone = probe.Backbone(vit, options.features, accelerator.mixed_precision).to(accelerator.device)
         features = {"train": [torch.randn(len(data.labels["train"]), *backbone.lengths).half()]}
         model, optimizer, loader, _ = probe.prepare(options, data, features, accelerator)
         network = nn.Sequential(backbone, model)

@@ -34,7 +34,8 @@ def main():
     file, identity = probe.choose_backbone(accelerator, args)
     if identity["weights"] != "pretrained":
         raise common.UserError("no weights: name their file in VIT_TINY_WEIGHTS")
-    backbone = probe.open_backbone(file, args.features, args.image_size, accelerator)
+    vit = probe.load_vit(file, args.image_size)
+    backbone = probe.Backbone(vit, args.features, accelerator.mixed_precision).to(accelerator.device)
     identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
     identity |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
     features, _ = probe.extract_all(args, data, backbone, identity, accelerator)
