@@ -177,6 +177,8 @@ def decode(file):
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else file
         if not isinstance(image, Image.Image):
+            if not (isinstance(file, str | Path) or hasattr(file, "read")):
+                raise ValueError("is no image")
             image = Image.open(file)
         # Pillow opens 16-bit colour as 8-bit RGB, but the decoder's raw mode ("RGB;16B") tells.
         if image.mode[0] in "IF" or re.search(";16[BLN]", str(getattr(image, "tile", ""))):
