@@ -1,6 +1,12 @@
 """train_cnn.py: network, loop and predictions against plain PyTorch, choice of the epoch, classifier, options."""
 
+import importlib
+import runpy
+import shlex
 import shutil
+import subprocess
+import sys
+from argparse import Namespace
 from collections import OrderedDict
 
 import forked
@@ -19,7 +25,7 @@ import common
 import train_cnn
 
 SMALL = ["--epochs", 3, "--batch-size", 10, "--crop-scale", 0.5, "--mixed-precision", "no"]
-MODEL = "CNN batch size 10, crop scale 0.5"
+MODEL = "CNN,batch-size=10,crop-scale=0.5"
 
 
 def start(folder, *args, **more):
@@ -27,11 +33,11 @@ def start(folder, *args, **more):
     return forked.run("train_cnn.py", *args, cwd=folder, env={"OMP_NUM_THREADS": None}, **more)
 
 
-def train(folder, *args):
+def train(folder, *args, **more):
     """Run train_cnn.py in `folder`; returns the run folders there by their path below runs/."""
-    done = start(folder, *args)
+    done = start(folder, *args, **more)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return {path.relative_to(folder / "runs").as_posix(): path for path in folder.glob("runs/*/*")}
+    return {path.relative_to(folder / "runs").as_posix(): path for path in folder.glob("runs/*/*/")}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def run(sweep):
 def plain_training(options, data, epochs):
     """Return the weights after so many epochs, by a loop of torch's parts, and the plain loss of each step."""
     pixels, labels = data.pixels["train"], data.labels["train"]
-    std, mean = (value.float().view(1, 1, 1) for value in torch.std_mean(pixels.double() / 255, correction=0))
+    std, mean = (value.view(1, 1, 1) for value in torch.std_mean(pixels / 255))
     torch.manual_seed(common.key_seed(options["seed"], "init"))
     layers = []
     for inputs, width in ((1, 32), (32, 64), (64, 128)):
@@ -59,21 +65,23 @@ def plain_training(options, data, epochs):
     weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05}
     others = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0}
     optimizer = torch.optim.AdamW([weights, others], fused=True)
-    images = common.Images(pixels, options, data.image_size)
+    images = common.ImageDataset(pixels, labels, data.image_size, options["crop_scale"], seed=options["seed"])
     order, losses = torch.Generator(), []
-    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=torch.tensor)
+    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=list)
     for epoch in range(epochs):
         order.manual_seed(common.key_seed(options["seed"], "order", epoch))
+        images.start_epoch(epoch)
         for index in loader:
             for group in optimizer.param_groups:
                 group["lr"] = options["lr"] * common.cosine(len(losses), 3 * len(loader))
-            x = (images.augmented(index, epoch) - mean) / std
-            logits = model(x.contiguous(memory_format=torch.channels_last))
-            losses.append(F.cross_entropy(logits, labels[index]).item())
+            x, y = images.__getitems__(index)
+            logits = model(((x - mean) / std).contiguous(memory_format=torch.channels_last))
+            losses.append(F.cross_entropy(logits, y).item())
             optimizer.zero_grad()
-            F.cross_entropy(logits, labels[index], label_smoothing=0.1).backward()
+            F.cross_entropy(logits, y, label_smoothing=0.1).backward()
             optimizer.step()
-    return model.state_dict() | {"mean": mean, "std": std}, losses
+    weights = {f"1.{key}": value for key, value in model.state_dict().items()}
+    return weights | {"0.mean": mean, "0.std": std}, losses
 
 
 def test_weights_are_those_of_a_plain_loop_to_the_bit(sweep, folder):
@@ -92,7 +100,8 @@ def test_weights_are_those_of_a_plain_loop_to_the_bit(sweep, folder):
 
 def reference(weights, x):
     """Return the logits [B, classes] of the network in eval mode, by functions alone."""
-    x = (x - weights["mean"]) / weights["std"]
+    x = (x - weights["0.mean"]) / weights["0.std"]
+    weights = {key.removeprefix("1."): value for key, value in weights.items()}
     for i in range(0, 4 * sum(value.dim() == 4 for value in weights.values()), 4):
         x = F.max_pool2d(F.conv2d(x, weights[f"features.{i}.weight"], padding=1), 2)
         keys = ("running_mean", "running_var", "weight", "bias")
@@ -122,12 +131,15 @@ def assert_predictions(run):
 def test_predictions_are_those_of_the_stored_weights(run, folder):
     assert_predictions(run)
     runs = train(folder, *SMALL, "--lr", 0.01, "--widths", 4, 8, "--image-size", 40, "--no-flip")
-    config = assert_predictions(runs[f"{MODEL}, image size 40, no flip, widths 4 8/e3-lr0.01-cosine-s0"])
-    assert config["parameters"] == 9 * 4 + 2 * 4 + 9 * 4 * 8 + 2 * 8 + 9 * 8 * 3 + 3
+    config = assert_predictions(runs[f"{MODEL},image-size=40,no-flip,widths=4-8/e3-lr0.01-cosine-s0"])
+    parameters = 9 * 4 + 2 * 4 + 9 * 4 * 8 + 2 * 8 + 9 * 8 * 3 + 3
+    assert config["parameters"] == config["trained"] == parameters
 
 
 def test_any_image_size_fits_the_classifier():
-    model = train_cnn.CNN(5, torch.rand(3), torch.rand(3) + 1).eval()
+    model = train_cnn.make_model(Namespace(widths=[32, 64, 128]), channels=3, classes=5).eval()
+    torch.nn.init.uniform_(model[0].mean)
+    torch.nn.init.uniform_(model[0].std, 1, 2)
     for size in 8, 28, 40, 64:
         images = torch.rand(2, 3, size, size)
         assert torch.allclose(model(images), reference(model.state_dict(), images), atol=1e-5)
@@ -146,26 +158,29 @@ def test_test_images_change_nothing_and_a_run_of_a_sweep_is_the_run_alone(folder
 
 
 def guess(labels, right, margin):
-    """Return logits of which the first `right` are right by `margin`, the others wrong by a little."""
+    """Return log-probabilities of which the first `right` are right by `margin`, the others wrong by a little."""
     logits = 0.01 * F.one_hot((labels + 1) % 3, 3).float()
     logits[:right] = margin * F.one_hot(labels[:right], 3)
-    return logits
+    return logits.log_softmax(1)
 
 
 def test_the_best_epoch_is_that_of_the_best_validation_accuracy_then_loss(folder, monkeypatch):
     monkeypatch.chdir(folder)
     args = train_cnn.make_parser().parse_args(["--epochs", "4"])
-    (args,) = common.each_run(args, "lr", "schedule", "seed")
+    (options,) = common.each_setting(args, "lr", "schedule", "seed")
+    options.model = "best"
     data, accelerator = common.load_data("data"), common.make_accelerator("no")
-    model, optimizer, _, _ = train_cnn.prepare(args, data, accelerator)
-    config = common.make_config(args, accelerator, data, "best", train_cnn.__file__, model, optimizer)
-    with common.Run(accelerator, config, data, model, optimizer) as run:
+    labels = data.labels["val"]
+    model, optimizer, _, _ = train_cnn.prepare(options, data, accelerator)
+    config = common.make_config(accelerator, options, data, train_cnn.__file__, model, optimizer)
+    with common.Run(accelerator, config, model, optimizer) as run:
         for epoch, (right, margin) in zip(run.remaining_epochs(), [(10, 9), (12, 1), (12, 2), (11, 9)]):
-            nn.init.constant_(model.classifier[2].bias, epoch)
+            nn.init.constant_(model[1].classifier[2].bias, epoch)
             step = 0.1, torch.tensor(1.0 - epoch / 10), torch.tensor(epoch / 10)
-            run.end_epoch([step], guess(data.labels["val"], right, margin))
-        run.finish(lambda split: torch.zeros(15, 3))
-    assert (load_file(run.path / "model.safetensors")["classifier.2.bias"] == 2).all()
+            run.end_epoch([step], common.scores(guess(labels, right, margin), labels))
+        assert run.restore_best_weights() and (model[1].classifier[2].bias == 2).all()
+        run.finish({"val": torch.zeros(15, 3)}, data.labels)
+    assert (load_file(run.path / "model.safetensors")["1.classifier.2.bias"] == 2).all()
 
 
 def test_load_classifier_agrees_with_the_predictions_and_refuses_other_runs(run, tmp_path):
@@ -183,24 +198,143 @@ def test_load_classifier_agrees_with_the_predictions_and_refuses_other_runs(run,
         classify([files[0], run / "config.json"])
     other = shutil.copytree(run, tmp_path / "run")
     config = (other / "config.json").read_text()
-    for text, said in ((config.replace("ReLU", "GELU"), "network"), (config[:100], "config.json")):
+    changes = {
+        config.replace("ReLU", "GELU"): "run: has.*GELU.* this script .*ReLU",
+        config[:100]: "config.json",
+    }
+    for text, said in changes.items():
         (other / "config.json").write_text(text)
         with pytest.raises(common.UserError, match=said):
             train_cnn.load_classifier(other)
 
 
+# What is no image, by what is said of it.
+NO_IMAGES = {
+    "int": 5,
+    "NoneType": None,
+    "list": [[1, 2]],
+    "pixels": np.zeros((0, 5), np.uint8),
+    "no pixels": Image.new("L", (3, 0)),
+    "8 bits": np.zeros((4, 4), np.float32),
+    "ndarray": np.zeros((2, 8, 8, 5), np.uint8),
+    "Tensor": torch.zeros(3, 8, 8),
+    "no images": "empty",
+}
+
+
+@pytest.mark.parametrize("said", NO_IMAGES)
+def test_what_is_no_image_is_not_classified(run, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.UserError, match=said) as error:
+        train_cnn.load_classifier(run)(NO_IMAGES[said])
+    assert "attribute" not in str(error.value)
+
+
+RESNET = """from torchvision.models import resnet18
+    net = resnet18(num_classes=classes)
+    net.conv1 = nn.Conv2d(channels, 64, 3, bias=False)
+    return nn.Sequential(Normalize(channels), net)"""
+FROZEN = """hidden = nn.Linear(144, 6).requires_grad_(False)
+    return nn.Sequential(Normalize(channels), nn.Flatten(), hidden, nn.ReLU(), nn.Linear(6, classes))"""
+# Networks that a student puts in: the text, all its parameters, and those that are trained.
+NETWORKS = {
+    "resnet": (RESNET, 11_689_512 - 2 * 64 * 7 * 7 - 64 * 40 - 997 * 513, None),
+    "frozen": (FROZEN, 145 * 6 + 7 * 3, 7 * 3),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_another_network_is_one_changed_place(folder, name, tmp_path, monkeypatch):
+    text, parameters, trained = NETWORKS[name]
+    change = "return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))", text
+    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py", change)
+    (tmp_path / "data").symlink_to(folder / "data")
+    (run,) = train(
+        tmp_path, "--epochs", 1, "--mixed-precision", "no", "--batch-size", 24, scripts=scripts
+    ).values()
+    config = common.read_json(run / "config.json")
+    assert (config["parameters"], config["trained"]) == (parameters, trained or parameters)
+    classify = runpy.run_path(str(scripts / "train_cnn.py"))["load_classifier"](run)
+    log_probs = load_file(run / "predictions.safetensors")["val.log_probs"]
+    for answer, row in zip(classify(folder / "data" / "val"), log_probs.exp().tolist(), strict=True):
+        assert answer == pytest.approx(dict(zip(("class0", "class1", "class2"), row)), abs=1e-5)
+
+
 def test_sanity_check_passes_on_real_images_and_fails_where_nothing_is_learned(workdir):
     options = ["--sanity-check", "--batch-size", 8, "--mixed-precision", "no"]
-    passed, failed = start(workdir, *options), start(workdir, *options, "--lr", 1e-10)
-    assert passed.returncode == 0 and "sanity check: pass: 32 images" in passed.stdout, passed.stdout
-    assert failed.returncode == 1 and "sanity check: FAIL" in failed.stdout, failed.stdout
-    assert not (workdir / "runs").exists()
+    for more, code, said in ([], 0, "pass"), (["--lr", 1e-10], 1, "FAIL"):
+        done = start(workdir, *options, *more)
+        assert done.returncode == code and f"sanity check: {said}: 32 images" in done.stdout, done.stdout
+        (file,) = (path for path in workdir.rglob("*") if path.is_file() and "data" not in path.parts)
+        assert file == workdir / "runs" / "CNN,batch-size=8" / "sanity-check.json"
+        result = common.read_json(file)
+        assert result["passed"] == (code == 0) == (result["accuracy"] == 1 and result["loss"] < 0.05)
+        assert result["images"] == 32 and "--sanity-check" in result["command"]
+        assert f"accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f}" in done.stdout
+        assert "Conv2d" in result["identity"]["network"] and "train_cnn.py" in result["scripts"][0]
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_line(folder):
-    done = start(folder, *SMALL, "--lr", 1000, "--weight-decay", 1000, "--name", "diverges")
-    assert_user_error(done, "runs/diverges", "loss", "--lr")
-    assert not list((folder / "runs" / "diverges").glob("*/checkpoint.pt"))
+def test_a_run_that_diverges_is_said_in_one_line_and_the_others_are_trained(folder):
+    """Also when they are resumed."""
+    for more in [], ["--resume"]:
+        done = start(folder, *SMALL, "--lr", 1e-3, 1e9, 5e-3, "--name", "diverges", *more)
+        assert_user_error(done, "runs/diverges/e3-lr1000000000.0", "loss", "--lr")
+    assert done.stdout.count("already complete") == 2
+    names = [path.parent.name for path in (folder / "runs/diverges").glob("*/predictions.safetensors")]
+    assert sorted(names) == ["e3-lr0.001-cosine-s0", "e3-lr0.005-cosine-s0"]
+    assert not list((folder / "runs" / "diverges").glob("e3-lr1000000000.0*/checkpoint.pt"))
+
+
+def be_a_mac():
+    """Hook: torch says that Apple's GPU is there, which would fail."""
+    device = torch.device("mps")
+    torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
+    torch.accelerator.is_available = lambda: True
+    torch.mps.empty_cache = lambda: None
+    torch.accelerator.current_accelerator = lambda *args, **more: device
+
+
+PROBE = ["train_vit_probe.py", "--no-pretrained", "--image-size", 32]
+
+
+@pytest.mark.parametrize("script", [["train_cnn.py"], PROBE], ids=["cnn", "probe"])
+def test_apples_gpu_is_left_alone(folder, script, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(folder / "data")
+    for more, code in ([], 0), (["--sanity-check", "--lr", 1e-10], 1):
+        options = ["--epochs", 1, "--batch-size", 12, *more]
+        done = forked.run(*script, *options, cwd=tmp_path, hook=be_a_mac)
+        assert (done.returncode, done.stderr) == (code, ""), done.stderr
+        assert " on cpu" in done.stdout and "not on Apple's GPU" in done.stdout
+    (run,) = tmp_path.glob("runs/*/*/")
+    for owner, name in (torch.backends.mps, "is_available"), (torch.accelerator, "is_available"):
+        monkeypatch.setattr(owner, name, lambda: True)
+    module = importlib.import_module(script[0].removesuffix(".py"))
+    assert len(module.load_classifier(run)(tmp_path / "data" / "val")) == 15
+
+
+def test_closed_output_does_not_stop_a_training(folder, tmp_path):
+    (tmp_path / "data").symlink_to(folder / "data")
+    words = [sys.executable, train_cnn.__file__, "--epochs", "1", "--batch-size", "12"]
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} >&- 2>&-"], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/*/predictions.safetensors"))) == 1
+
+
+def test_without_prepare_data_a_data_folder_is_asked_for(tmp_path):
+    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py")
+    assert_user_error(start(tmp_path, scripts=scripts), "data/", "--data-dir")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_in_fp16_is_refused():
+    """Its runs would share a loss scaler, which needs a GPU: a stand-in has it."""
+    settings = [
+        Namespace(model="fp16", epochs=1, lr=lr, schedule="cosine", seed=0, resume=False) for lr in (1, 2)
+    ]
+    accelerator = Namespace(scaler=torch.amp.GradScaler("cpu"))
+    common.check_folders(accelerator, settings[:1])
+    with pytest.raises(common.UserError, match="fp16"):
+        common.check_folders(accelerator, settings)
 
 
 BAD = ["--epochs 0", "--epochs 1.5", "--lr nan", "--lr 0", "--lr 1e-3 inf", "--crop-scale 2", "--seed -1"]
