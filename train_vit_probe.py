@@ -303,7 +303,7 @@ def choose_backbone(accelerator, args):
         try:
             file = find_weights(args.weights)
         except UserError as error:
-            if "hub" not in str(error) or not RECORDED.exists():
+            if args.weights or os.environ.get(f"{NAME.upper()}_WEIGHTS") or not RECORDED.exists():
                 raise
             of_default = (
                 args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
