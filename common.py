@@ -205,6 +205,8 @@ def decode(file):
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else file
         if not isinstance(image, Image.Image):
+            if not (isinstance(file, str | Path) or hasattr(file, "read")):
+                raise ValueError("is no image")
             image = Image.open(file)
         if is_deep(image):
             raise ValueError("more than 8 bits a channel: convert it to 8-bit grey or RGB")
@@ -935,6 +937,8 @@ class Run:
     def read(self):
         """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
         file = self.path / "checkpoint.pt"
+        if self.ended and not file.exists() and not self.is_complete():
+            raise UserError(f"{self.path}: has predictions of other images, and no checkpoint: give --name")
         if file.exists():
             checkpoint = load_checkpoint(file)
             try:
@@ -947,8 +951,6 @@ class Run:
 
     def is_complete(self):
         """Return whether the predictions are there, of today's images."""
-        if not self.history:  # a new run; or its checkpoint was removed, and there is nothing to predict by
-            return self.ended
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
     def clean_up(self):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +36,14 @@ def assert_user_error(result, *parts):
     assert result.returncode == 2 and len(lines) == 1, (result.returncode, result.stdout, result.stderr)
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def assert_answers(answers, run, **tolerance):
+    """Assert that what a classifier says of all validation images are the run's predictions, the best class first."""
+    probabilities = load_file(run / "predictions.safetensors")["val.log_probs"].exp().tolist()
+    for answer, row in zip(answers, probabilities, strict=True):
+        assert list(answer.values()) == sorted(answer.values(), reverse=True)
+        assert answer == pytest.approx(dict(zip(("class0", "class1", "class2"), row)), **tolerance)
 
 
 @pytest.fixture(scope="module")

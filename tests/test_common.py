@@ -1,6 +1,7 @@
 """common.py: transforms against torchvision, SciPy and Pillow, metrics against scikit-learn, loading of images."""
 
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def test_seeds_are_the_same_in_every_process_and_differ_between_keys():
 def test_crops_are_distributed_as_torchvisions():
     """Torchvision accepts its first draw below this area; above, it would draw again."""
     n, side, scale, ratio = 8000, 28, 0.3, common.CROP_RATIO
-    ours = common.random_crops(n, side, scale, common.generator("crops"))[0].numpy()
+    ours = common.random_resized_crop(n, side, scale, common.generator("crops")).numpy()
     torch.manual_seed(0)
     image = torch.empty(1, side, side)
     theirs = np.array([RandomResizedCrop.get_params(image, (scale, 1), (1 / ratio, ratio)) for _ in range(n)])
@@ -48,7 +49,9 @@ def test_crops_are_distributed_as_torchvisions():
 def test_crops_are_uniform_in_area_aspect_ratio_and_place(scale):
     """One draw always fits, so the area's law is exact; on a large image, rounding to pixels does not matter."""
     n, side = 8000, 10**7
-    boxes, flips = common.random_crops(n, side, scale, common.generator("uniform"))
+    gen = common.generator("uniform")
+    boxes = common.random_resized_crop(n, side, scale, gen)
+    flips = common.random_horizontal_flip(n, 0.5, gen)
     top, left, height, width = boxes.double().numpy().T
     area = height * width / side**2
     largest = np.minimum(math.log(common.CROP_RATIO), -np.log(area))
@@ -63,7 +66,7 @@ def test_crops_are_uniform_in_area_aspect_ratio_and_place(scale):
 
 @pytest.mark.parametrize("side, scale", [(28, 0.01), (28, 0.9), (8, 0.5), (1, 0.5), (1000, 0.99), (5, 1.0)])
 def test_crops_lie_inside_the_image_and_reach_its_edges(side, scale):
-    start, length = common.random_crops(3000, side, scale, common.generator(side))[0].split(2, 1)
+    start, length = common.random_resized_crop(3000, side, scale, common.generator(side)).split(2, 1)
     assert (start >= 0).all() and (length >= 1).all() and (start + length <= side).all()
     assert (start + length == side).any() and (start == 0).any()
     assert scale < 1 or (length == side).all()
@@ -73,7 +76,8 @@ def test_crops_lie_inside_the_image_and_reach_its_edges(side, scale):
 def test_crop_and_flip_gives_torchvisions_pixels(side, channels):
     """And beyond the box's outermost centres, where torchvision repeats the box's edge, the image's own (SciPy)."""
     images = torch.rand(60, channels, side, side, generator=common.generator("images"))
-    boxes, flips = common.random_crops(60, side, 0.1, common.generator("boxes"))
+    boxes = common.random_resized_crop(60, side, 0.1, common.generator("boxes"))
+    flips = common.random_horizontal_flip(60, 0.5, common.generator("flips"))
     result = common.crop_and_flip(images, common.crop_matrices(boxes, flips, side))
     for image, box, flip, ours in zip(images, boxes, flips, result):
         ours = v2.functional.horizontal_flip(ours) if flip else ours
@@ -95,34 +99,47 @@ def test_resize_is_pillows_bicubic(side, size):
         assert np.abs(resized.numpy() - np.array(theirs).clip(0, 1)).max() < 1e-5
 
 
-def augmented(index, epoch, **options):
+def augmented(index, epoch, crop_scale=0.5, no_flip=False, seed=0):
     pixels = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=common.generator("pixels"))
-    images = common.Images(pixels, {"crop_scale": 0.5, "no_flip": False, "seed": 0, **options}, 28)
-    images.augmented(index[:3], 7)  # what came before does not matter
-    return images.augmented(index, epoch)
+    images = common.ImageDataset(pixels, torch.arange(50), 28, crop_scale, no_flip, seed)
+    images.start_epoch(7)  # what came before does not matter
+    images.__getitems__([2, 1])
+    images.start_epoch(epoch)
+    batch, labels = images.__getitems__(list(index))
+    assert len(images) == 50 and labels.tolist() == list(index)
+    for i, image, label in zip(index, batch, labels):
+        assert torch.equal(images[i][0], image) and images[i][1] == label
+    return batch
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
-    every, state = torch.arange(50), torch.get_rng_state()
+    every, state = range(50), torch.get_rng_state()
     expected = augmented(every, 2)
+    assert expected.dtype == torch.float32 and expected.min() >= 0 and 0.9 < expected.max() <= 1
     for batch in torch.randperm(50, generator=common.generator(1)).split(7):
-        assert torch.equal(augmented(batch, 2), expected[batch])
+        assert torch.equal(augmented(batch.tolist(), 2), expected[batch])
     for other in augmented(every, 3), augmented(every, 2, seed=1):
         assert (other != expected).flatten(1).any(1).sum() > 45
     assert torch.equal(torch.get_rng_state(), state)
     upright = augmented(every, 2, no_flip=True)
     same = (expected == upright).flatten(1).all(1)
     assert 10 < same.sum() < 40 and torch.allclose(expected[~same], upright[~same].flip(3), atol=1e-5)
+    plain = augmented(every, 2, crop_scale=None)
+    assert torch.equal(plain, augmented(every, 3, crop_scale=None, seed=1))
+    assert torch.allclose(augmented(every, 2, crop_scale=1, no_flip=True), plain, atol=1e-5)
 
 
 def test_batches_give_each_image_at_most_once_in_an_order_of_seed_and_epoch():
     accelerator = common.make_accelerator("no")
 
     def epoch(seed, number):
-        batches = common.Batches(accelerator, lambda index, epoch: index, torch.arange(53), 8, seed)
-        made = list(batches.epoch(number))
-        assert len(made) == len(batches) == 6 and all(torch.equal(*batch) for batch in made)
-        return tuple(torch.cat([labels for _, labels in made]).tolist())
+        images = common.ImageDataset(torch.zeros(53, 1, 1, 1).byte(), torch.arange(53), 1, seed=seed)
+        loader = common.training_loader(accelerator, images, 8)
+        list(zip(loader, range(2)))  # an earlier epoch, not to its end
+        images.start_epoch(number)
+        made = [labels for _, labels in loader]
+        assert [len(labels) for labels in made] == [8] * 6
+        return tuple(torch.cat(made).tolist())
 
     assert len(set(epoch(0, 0))) == 48 and epoch(3, 4) == epoch(3, 4)
     assert len({epoch(seed, number) for seed in range(3) for number in range(3)}) == 9
@@ -218,14 +235,20 @@ def test_training_images_decide_the_channels(root):
     pixels = common.load_data(str(root)).pixels
     assert pixels["test"].shape == (6, 3, 28, 28) and pixels["test"][0, :, 5, 5].tolist() == [200, 30, 90]
     assert torch.equal(pixels["train"][:8], grey["train"][:8].expand(-1, 3, -1, -1))
+    Image.merge("RGB", [noise(28), *red.split()[1:]]).save(root / "train" / "class2" / "001.png")
+    assert common.load_data(str(root)).description["single_colour"] == 1  # not that with two flat channels
 
 
-def test_images_are_sorted_by_their_names(tmp_path):
-    names = ["C/x.png", "a-b/0.png", "a/10.png", "a/9.png", "a/B.PNG", "a/more/0.bmp"]
+def test_images_are_sorted_by_their_names_and_each_real_folder_comes_once(tmp_path):
+    names = ["C/x.png", "a-b/0.png", "a/10.png", "a/9.png", "a/B.PNG", "a/more/0.bmp", "link/1.png"]
+    root = tmp_path / "root"
     for name in reversed(names):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in common.image_files(tmp_path)[0]] == names
+        path = root / name.replace("link", "../elsewhere")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name, target in (("C/up", "root"), ("a/0", "root/a-b"), ("link", "elsewhere"), ("x", "elsewhere")):
+        (root / name).symlink_to(tmp_path / target)
+    assert [path.relative_to(root).as_posix() for path in common.image_files(root)[0]] == names
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -262,9 +285,12 @@ def test_images_that_would_be_read_wrong_are_named_five_at_most(root):
     with pytest.raises(common.UserError, match="^7 unusable") as error:
         common.load_data(str(root))
     assert "\n" not in str(error.value) and sum(str(path) in str(error.value) for path in bad) == 5
+    assert "--skip-bad" in str(error.value)
 
 
 def test_hidden_and_system_files_are_no_images_and_others_are_said(root, capsys):
+    for path, alpha in zip(sorted((root / "train").rglob("*.png")), (0, 99, 255)):
+        Image.new("LA", (28, 28), (255, alpha)).save(path)  # white shapes on a transparent ground
     before = common.load_data(str(root)).pixels["train"]
     image = (root / "train" / "class0" / "000.png").read_bytes()
     for name in ("class0/.ipynb_checkpoints", "__MACOSX", "class1/@eaDir"):
@@ -279,9 +305,23 @@ def test_hidden_and_system_files_are_no_images_and_others_are_said(root, capsys)
     assert len(data.classes) == 3 and torch.equal(data.pixels["train"], before)
     assert data.description["skipped"] == {".jpg": 1, ".txt": 1, ".xyz": 1}
     assert data.description["repeated"] == {"train": 0, "val": 1, "test": 2}
+    assert data.description["single_colour"] == 3
     said = capsys.readouterr().out
     parts = ["9 train, 7 val, 8 test", "28x28", ".jpg", ".txt", ".xyz", "1 of 7 val", "2 of 8 test"]
-    assert all(part in said for part in [*parts, "1 of 9"])  # left over by batches of 4
+    parts += ["1 of 9", "3 of 9 train images have a single colour"]  # 1: left over by batches of 4
+    assert all(part in said for part in parts)
+
+
+def test_the_datas_hash_is_of_pixels_and_labels(root):
+    hashes = [common.load_data(str(root)).description["sha256"]]
+    (root / "train" / "class0" / "002.png").rename(
+        root / "train" / "class1" / "!.png"
+    )  # the order is the same
+    hashes.append(common.load_data(str(root)).description["sha256"])
+    noise(28).save(root / "val" / "class2" / "001.png")
+    hashes.append(common.load_data(str(root)).description["sha256"])
+    for split, old, new in zip(("train", "val"), hashes, hashes[1:]):
+        assert [name for name in old if old[name] != new[name]] == [split]
 
 
 def empty(folder):
@@ -289,8 +329,18 @@ def empty(folder):
         path.unlink()
 
 
+def unreadable(folder):
+    """Leave in a folder only files that are no images for Pillow."""
+    shutil.rmtree(folder)
+    (folder / "class0").mkdir(parents=True)
+    for name in [*map(str, range(300)), "a.heic", "b.HEIC"]:
+        (folder / "class0" / name).touch()
+
+
 WRONG = {
-    "valid": lambda root: (root / "val").rename(root / "valid"),
+    "val:": lambda root: (root / "val").rename(root / "valid"),
+    "300 without a suffix, 2 .heic": lambda root: unreadable(root / "val"),
+    "no such folder": lambda root: root.rename(root.with_name("elsewhere")),
     "class1": lambda root: empty(root / "val" / "class1"),
     "dress": lambda root: (root / "val" / "class1").rename(root / "val" / "dress"),
     "Class1": lambda root: (root / "test" / "class1").rename(root / "test" / "Class1"),
@@ -303,8 +353,8 @@ def test_wrong_folders_are_refused(root, said):
     WRONG[said](root)
     with pytest.raises(common.UserError) as error:
         common.load_data(str(root))
-    path, text = str(error.value).split("data", 1)
-    assert path in str(root) and said in text and "\n" not in text
+    text = str(error.value)
+    assert text.startswith(str(root)) and said in text and "\n" not in text and len(text) < 400
 
 
 def test_a_test_may_lack_a_class_and_be_flat(root):

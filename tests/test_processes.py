@@ -1,5 +1,6 @@
 """Several processes: they really run, share the work exactly, and change the speed, not the result."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import forked
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, metrics
-from test_resume import only_run, read_config, result
+from test_resume import only_run, result
+from test_vit_probe import be_offline
 
 import common
 
@@ -52,23 +54,20 @@ def test_launchers_run_two_processes(command, module, workdir):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(words, cwd=workdir, env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert read_config(only_run(workdir))["environments"][0]["processes"] == 2
+    assert common.read_json(only_run(workdir) / "config.json")["environments"][0]["processes"] == 2
     assert metrics(only_run(workdir))[-1]["step"] == 2 * (60 // 16)
 
 
 def write_batches(folder):
-    """Hook: write down the images of every training batch of this process."""
-    log = open(folder / f"batches{os.environ.get('RANK', 0)}", "w")  # noqa: SIM115
-    init = common.Batches.__init__
+    """Hook: write down what the model gets of each training batch of this process, a hash an image."""
+    log = open(folder / f"batches{os.environ.get('RANK', 0)}", "w", buffering=1)  # noqa: SIM115
 
-    def noted(self, accelerator, inputs, *args):
-        def note(index, epoch):
-            print(index.tolist(), file=log, flush=True)
-            return inputs(index, epoch)
+    def note(module, inputs):
+        if module.training and type(module).__name__ in ("Normalize", "LinearProbe"):
+            hashes = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in inputs[0]]
+            print(json.dumps(hashes), file=log)
 
-        init(self, accelerator, note, *args)
-
-    common.Batches.__init__ = noted
+    torch.nn.modules.module.register_module_forward_pre_hook(note)
 
 
 @pytest.mark.parametrize("command", [CNN, PROBE], ids=["cnn", "probe"])
@@ -98,8 +97,12 @@ def predict_indices():
     def main():
         accelerator = common.make_accelerator()
         for n in (1, 2, 3, 5, 17, 102, 600):
-            found = common.predict(accelerator, torch.nn.Identity(), lambda index: index[:, None].double(), n)
-            assert found[:, 0].tolist() == list(range(n)), n
+            for part in range(n), range(n // 3, n):  # of a split, as of its features that are cached
+                pixels = 255.0 * torch.arange(n).view(n, 1, 1, 1)
+                images = common.ImageDataset(pixels, torch.zeros(n), 1)
+                loader = common.evaluation_loader(accelerator, torch.utils.data.Subset(images, part), 64)
+                found = common.predict(accelerator, torch.nn.Flatten(), loader)
+                assert found[:, 0].tolist() == list(part), n
 
     train_cnn.main = main
 
@@ -127,7 +130,6 @@ def test_a_setting_that_cannot_be_followed_is_refused(env, part, workdir):
 
 
 MISTAKES = ["--batch-size 15", "--batch-size 2", "--data-dir nowhere"]  # 2: one image for each process
-MISTAKES += ["--lr 1000 --schedule constant --epochs 40"]
 
 
 @pytest.mark.parametrize("options", MISTAKES)
@@ -135,6 +137,14 @@ def test_each_process_says_a_mistake_in_a_line(options, workdir):
     options = options.split()
     for process in forked.run_pair(*CNN, *options, cwd=workdir):
         assert_user_error(process, options[1])
+
+
+def test_a_run_that_diverges_ends_alone(workdir):
+    """Each process says its line; the others of the sweep are trained."""
+    for process in forked.run_pair(*CNN, "--lr", "0.01", "1e9", "0.02", cwd=workdir):
+        assert_user_error(process, "e2-lr1000000000.0", "--lr")
+    names = [path.parent.name for path in workdir.glob("runs/*/*/predictions.safetensors")]
+    assert sorted(names) == ["e2-lr0.01-cosine-s0", "e2-lr0.02-cosine-s0"]
 
 
 def test_a_mistake_that_only_the_main_process_finds_ends_both(workdir):
@@ -156,7 +166,7 @@ def test_a_run_of_one_process_is_resumed_by_two(workdir):
     hook = {"hook": forked.die_at, "hook_args": ("after checkpoint.pt", 1)}
     assert forked.run(*PROBE, cwd=workdir, **hook).returncode == -signal.SIGKILL
     assert_ended_well(forked.run_pair(*PROBE, "--resume", cwd=workdir))
-    environments = read_config(only_run(workdir))["environments"]
+    environments = common.read_json(only_run(workdir) / "config.json")["environments"]
     assert [environment["processes"] for environment in environments] == [1, 2]
     assert [line["epoch"] for line in metrics(only_run(workdir))] == [1, 2]
 
@@ -165,10 +175,7 @@ def no_weights(recorded):
     """Hook: no weights are to be had, only recorded features."""
     import train_vit_probe
 
-    def find_weights(named):
-        raise common.UserError("no weights here")
-
-    train_vit_probe.find_weights = find_weights
+    be_offline()
     train_vit_probe.RECORDED = recorded
 
 

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import itertools
-import json
 import random
 import shutil
 import signal
@@ -15,6 +14,10 @@ import forked
 import pytest
 import torch
 from conftest import assert_user_error, metrics
+from safetensors.torch import load_file
+
+import common
+import train_cnn
 
 SMALL = ["--batch-size", "8", "--epochs", "3", "--lr", "0.01"]
 CNN = ["train_cnn.py", *SMALL, "--image-size", "8"]
@@ -22,28 +25,41 @@ PROBE = ["train_vit_probe.py", *SMALL, "--image-size", "32", "--no-pretrained", 
 
 # What coursework changes in its copy of train_cnn.py: texts and what takes their place.
 DROPOUT = [("nn.Flatten(), nn.Linear(", "nn.Flatten(), nn.Dropout(0.3), nn.Linear(")]
+FROZEN = [("    decayed = ", "    model[1].features[0].requires_grad_(False)\n    decayed = ")]
+REVERSED = [("[p for p in model.parameters()", "[p for p in reversed(list(model.parameters()))")]
 SGD = [("optim.AdamW(", "optim.SGD("), ("fused=True)", "momentum=0.9, nesterov=True)")]
-SCHEDULE = "    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2], 0.5)\n"
-SCHEDULER = [
-    ('group["lr"] = rate', 'rate = group["lr"]'),
-    ("    with common.Run(", f"{SCHEDULE}    with common.Run("),
-    ("model, optimizer) as run", "model, optimizer, scheduler=scheduler) as run"),
-    ("            run.end_epoch(", "            scheduler.step()\n            run.end_epoch("),
-]
-VARIANTS = {"cnn": (CNN, []), "probe": (PROBE, []), "student": (CNN, DROPOUT + SGD + SCHEDULER)}
+EARLY = "            run.end_epoch(steps, val)\n"
+
+
+def scheduler(kind, step):
+    """Return the changes for a scheduler of torch's that steps at the end of an epoch."""
+    made = f"    scheduler = torch.optim.lr_scheduler.{kind}\n"
+    return [
+        ('group["lr"] = rate', 'rate = group["lr"]'),
+        ("    with common.Run(", f"{made}    with common.Run("),
+        ("model, optimizer) as run", "model, optimizer, scheduler=scheduler) as run"),
+        (EARLY, f"            scheduler.step({step})\n{EARLY}"),
+    ]
+
+
+MULTI_STEP = scheduler("MultiStepLR(optimizer, [1, 2], 0.5)", "")
+# An epoch that does not halve the loss counts as none, so the rate falls from the second on.
+PLATEAU = scheduler("ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)", 'val["loss"]')
+VARIANTS = {
+    "cnn": (CNN, []),
+    "probe": (PROBE, []),
+    "student": (CNN, DROPOUT + SGD + MULTI_STEP),
+    "plateau": (CNN, PLATEAU),
+}
 
 
 def run_folders(folder):
-    return sorted(folder.glob("runs/*/*"))
+    return sorted(folder.glob("runs/*/*/"))
 
 
 def only_run(folder):
     (run,) = run_folders(folder)
     return run
-
-
-def read_config(run):
-    return json.loads((run / "config.json").read_text())
 
 
 def comparable(value):
@@ -84,8 +100,9 @@ def whole(request, tmp_path_factory):
     """An uninterrupted run of a variant, by default the CNN: its command, folder, result and duration."""
     folder = tmp_path_factory.mktemp("whole")
     forked.make_images(folder / "data")
-    script, changes = VARIANTS[getattr(request, "param", "cnn")]
-    whole = SimpleNamespace(folder=folder, command=[*script, "--name", "run"])
+    variant = getattr(request, "param", "cnn")
+    script, changes = VARIANTS[variant]
+    whole = SimpleNamespace(folder=folder, command=[*script, "--name", "run"], variant=variant)
     whole.scripts = forked.changed_copy(folder / "scripts", script[0], *changes)
     forked.run("train_cnn.py", "--help", cwd=folder)  # starts the server
     began = time.monotonic()
@@ -135,14 +152,19 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("whole", ["student"], indirect=True)
+@pytest.mark.parametrize("whole", ["student", "plateau"], indirect=True)
 def test_killed_at_chosen_places_and_resumed(whole, life):
+    rates = [line["lr"] for line in metrics(whole.run)]
+    assert rates == [0.01, 0.005, 0.0025] if whole.variant == "student" else [0.01, 0.01, 0.005]
+    kill(whole, life, "before checkpoint.pt", 1, "--widths", "4")  # in nobody's way
+    (only_run(life) / "notes.txt").write_text("mine")
     for place, count in KILLS:
         kill(whole, life, place, count)
     assert_ends_as(whole, life)
+    assert (only_run(life) / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("whole", VARIANTS, indirect=True)
+@pytest.mark.parametrize("whole", ["cnn", "probe", "student"], indirect=True)
 def test_killed_at_random_moments_and_resumed(whole, life):
     draw = random.Random(1)
     for _ in range(3):
@@ -153,13 +175,48 @@ def test_killed_at_random_moments_and_resumed(whole, life):
     assert_ends_as(whole, life)
 
 
-def test_a_run_without_a_checkpoint_is_in_nobodys_way(whole, life):
-    """Neither its network nor predictions of an earlier run are of any effect."""
-    kill(whole, life, "before checkpoint.pt", 1, "--widths", "4")
-    shutil.copy(whole.run / "predictions.safetensors", only_run(life))
-    kill(whole, life, "after checkpoint.pt", 1)
-    assert not (only_run(life) / "predictions.safetensors").exists()
-    assert_ends_as(whole, life)
+def test_a_finished_run_whose_checkpoint_was_removed_is_left_alone(whole, life):
+    run = shutil.copytree(whole.run, life / "runs" / "run" / whole.run.name)
+    (run / "checkpoint.pt").unlink()
+    (run / "notes.txt").write_text("mine")
+    files = {path: path.read_bytes() for path in run.iterdir()}
+    assert_user_error(forked.run(*whole.command, cwd=life), "runs/run", "exists", "--resume")
+    ended = resume(whole, life)
+    assert ended.returncode == 0 and "already complete" in ended.stdout, ended.stderr
+    assert {path: path.read_bytes() for path in run.iterdir()} == files
+    ended = forked.run(*whole.command, "--seed", "1", "--widths", "4", cwd=life)
+    assert_user_error(ended, "runs/run", "network", "--name")
+
+
+# How a student's training stops early, its epochs, and where it is killed: a break before an epoch is exact.
+EPOCH = "in run.remaining_epochs():\n"
+BREAKS = [
+    ((EPOCH, EPOCH), 3, "before predictions.safetensors"),
+    ((EPOCH, f"{EPOCH}            if len(run.history) == 2: break\n"), 2, "before predictions.safetensors"),
+    ((EARLY, f'{EARLY}            if val["loss"] > 0: break\n'), 1, "after predictions.safetensors"),
+]
+
+
+@pytest.mark.parametrize("change, epochs, place", BREAKS, ids=["at the end", "before", "after"])
+def test_a_run_has_ended_until_test_images_come(whole, tmp_path, change, epochs, place):
+    """Also one that stopped early. A sweep goes on behind it, and then the test images are only predicted."""
+    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py", change)
+    shutil.copytree(whole.folder / "data", tmp_path / "data")
+    (tmp_path / "data" / "test").rename(tmp_path / "later")
+    sweep, hook = [*CNN, "--resume", "--seed", "0", "1"], {"hook": forked.die_at, "hook_args": (place, 1)}
+    assert forked.run(*sweep, cwd=tmp_path, scripts=scripts, **hook).returncode == -signal.SIGKILL
+    steps = [6 * (epoch + 1) for epoch in range(epochs)]
+    for complete in (place[:5] == "after", 2, None):  # None: test images come
+        if complete is None:
+            (tmp_path / "later").rename(tmp_path / "data" / "test")
+        ended = forked.run(*sweep, cwd=tmp_path, scripts=scripts)
+        assert ended.returncode == 0 and not ended.stderr, ended.stderr
+        assert ended.stdout.count("already complete") == (complete or 0)
+        assert [[line["step"] for line in metrics(run)] for run in run_folders(tmp_path)] == [steps] * 2
+    for run in run_folders(tmp_path):
+        assert len(load_file(run / "predictions.safetensors")["test.labels"]) == 15
+        assert common.read_json(run / "config.json")["data"]["counts"]["test"] == 15
+    assert epochs < 3 or result(run_folders(tmp_path)[0]) == whole.result
 
 
 class Command:
@@ -182,23 +239,13 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(whole, life):
     assert_ends_as(whole, life)
 
 
-def test_a_finished_run_is_left_alone_until_test_images_come(whole, tmp_path):
-    shutil.copytree(whole.folder / "data", tmp_path / "data")
-    (tmp_path / "data" / "test").rename(tmp_path / "later")
-    assert forked.run(*whole.command, cwd=tmp_path).returncode == 0
-    assert_user_error(forked.run(*whole.command, cwd=tmp_path), "runs/run", "exists", "--resume")
-    assert "already complete" in resume(whole, tmp_path).stdout
-    (tmp_path / "later").rename(tmp_path / "data" / "test")
-    assert_ends_as(whole, tmp_path)
-    config = read_config(only_run(tmp_path))
-    assert config["data"]["counts"]["test"] == 15 and len(config["environments"]) == 2
-
-
 # What is changed under an old name: the script, options, and what is said.
 REFUSED = {
     "train_cnn.py": [
         (DROPOUT, [], "network"),
         (SGD, [], "optimizer"),
+        (FROZEN, [], "parameter groups"),
+        (REVERSED, [], "parameter groups"),
         ([], ["--label-smoothing", "0.2", "--no-flip"], "label_smoothing, no_flip"),
         ([], ["--data-dir", "other"], "train images"),
     ],
@@ -211,23 +258,19 @@ def test_another_model_under_an_old_name_is_refused(whole, life):
     forked.make_images(life / "other", counts=(17, 5, 5))
     (life / "runs").symlink_to(whole.folder / "runs")
     for changes, options, why in REFUSED[whole.command[0]]:
-        scripts = forked.changed_copy(life / why, whole.command[0], *changes)
+        scripts = forked.changed_copy(life / f"{why}{len(changes)}", whole.command[0], *changes)
         for more in (["--resume"], ["--seed", "1"]):
             ended = forked.run(*whole.command, *options, *more, cwd=life, scripts=scripts)
             assert_user_error(ended, "runs/run", why, "--name")
-    assert result(only_run(life)) == whole.result and not (life / "features").exists()
+            assert "damaged" not in ended.stderr
+    assert result(only_run(life)) == whole.result
 
 
 def test_a_job_array_makes_one_model(whole, life):
-    """Two jobs at once, then one by a script that has changed, which is said in a line."""
     jobs = [forked.start(*whole.command, "--seed", seed, cwd=life, output=f"output{seed}") for seed in "01"]
     assert [forked.finish(job).returncode for job in jobs] == [0, 0]
-    scripts = forked.changed_copy(life / "scripts", "train_cnn.py", ("def main", "\ndef main"))
-    ended = forked.run(*whole.command, "--seed", "2", cwd=life, scripts=scripts)
-    assert ended.returncode == 0 and "train_cnn.py" in ended.stdout, ended.stderr
-    runs = run_folders(life)
-    assert [run.name for run in runs] == [f"e3-lr0.01-cosine-s{seed}" for seed in range(3)]
-    assert result(runs[0]) == whole.result
+    assert [run.name for run in run_folders(life)] == [f"e3-lr0.01-cosine-s{seed}" for seed in "01"]
+    assert result(run_folders(life)[0]) == whole.result
 
 
 def no_locks():
@@ -252,19 +295,56 @@ def test_a_killed_sweep_is_resumed_on_a_disk_without_locks(whole, life):
     assert result(runs[0]) == whole.result
 
 
-def test_names_say_what_a_model_is(whole, life):
-    shutil.copytree(whole.folder / "data", life / "my data")
+def test_a_changed_script_and_another_number_of_epochs_are_said(whole, life):
+    """Both scripts of the run are kept; the other number of epochs is another run."""
+    kill(whole, life, "after checkpoint.pt", 1)
+    scripts = forked.changed_copy(life / "scripts", "train_cnn.py", ("def main", "\ndef main"))
+    ended = forked.run(*whole.command, "--resume", cwd=life, scripts=scripts)
+    assert ended.returncode == 0 and "train_cnn.py" in ended.stdout and "--name" in ended.stdout, ended.stderr
+    recorded = [
+        entry["train_cnn.py"] for entry in common.read_json(only_run(life) / "config.json")["scripts"]
+    ]
+    files = whole.scripts / "train_cnn.py", scripts / "train_cnn.py"
+    assert recorded == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    ended = resume(whole, life, "--epochs", "1")
+    assert ended.returncode == 0 and ended.stdout.count("another run than e3-lr0.01-cosine-s0") == 1
+    assert [len(metrics(run)) for run in run_folders(life)] == [1, 3]
+
+
+@pytest.mark.parametrize("link", ["run", "run/e3-lr0.01-cosine-s0"])
+def test_a_folder_that_is_a_link_is_used_and_named_as_the_link(whole, life, link):
+    (life / "disk").mkdir()
+    (life / "runs" / link).parent.mkdir(parents=True)
+    (life / "runs" / link).symlink_to(life / "disk")
+    kill(whole, life, "after checkpoint.pt", 1)
+    assert_user_error(forked.run(*whole.command, cwd=life), "runs/run/e3", "exists")
+    changed = [*whole.command, "--resume", "--seed", "1", "--widths", "4"]
+    assert_user_error(forked.run(*changed, cwd=life), "runs/run/e3", "network")
+    assert_ends_as(whole, life)
+    assert common.read_json(only_run(life) / "config.json")["model"] == "run" and list(
+        life.glob("disk/**/checkpoint.pt")
+    )
+
+
+def test_names_say_what_a_model_is(whole, life, monkeypatch):
+    """Of the data folder as it was typed, also where it is a link."""
+    shutil.copytree(whole.folder / "data", life / "elsewhere")
+    (life / "my data").symlink_to(life / "elsewhere")
     options = ["--widths", "4", "8", "--crop-scale", "0.6", "--no-flip", "--data-dir", "my data"]
     commands = [*CNN, *options], [*PROBE, "class", "--name", "x"], [*PROBE, "--views", "2"]
     for command in commands:
         assert forked.run(*command, "--epochs", "1", cwd=life).returncode == 0
     assert [run.parent.name for run in run_folders(life)] == [
-        "CNN my data, batch size 8, crop scale 0.6, image size 8, no flip, widths 4 8",
-        "ViT-Tiny-grid3-random batch size 8, image size 32, views 2",
-        "x class",
-        "x grid3",
+        "CNN,my-data,batch-size=8,crop-scale=0.6,image-size=8,no-flip,widths=4-8",
+        "ViT-Tiny-grid3-random,batch-size=8,image-size=32,views=2",
+        "x-class",
+        "x-grid3",
     ]
     assert_user_error(forked.run(*CNN, "--name", "../x", cwd=life), "../x")
+    monkeypatch.chdir(life)
+    for typed, name in ("my data/", "my-data"), (".", life.name), ("elsewhere/../my data", "my-data"):
+        args = train_cnn.make_parser().parse_args(["--data-dir", typed])
+        assert common.model_name(args, train_cnn.make_parser(), "CNN") == f"CNN,{name}"
 
 
 def test_two_processes_do_not_train_one_run(whole, life):
@@ -287,7 +367,7 @@ def test_ctrl_c_ends_in_one_line(whole, life):
 @pytest.mark.parametrize("whole", ["probe"], indirect=True)
 def test_features_that_are_computed_survive_a_kill(whole, life):
     """There are 48 + 15 + 15 images: five parts."""
-    scripts = forked.changed_copy(life / "scripts", "train_vit_probe.py", ("PART = 2048", "PART = 16"))
+    scripts = forked.changed_copy(life / "scripts", "train_vit_probe.py", ("PART = 256", "PART = 16"))
     hook = {"hook": forked.die_at, "hook_args": ("half-way through a file", 3)}
     assert forked.run(*whole.command, cwd=life, scripts=scripts, **hook).returncode == -signal.SIGKILL
     kept = {file: file.stat().st_mtime_ns for file in life.glob("features/*.safetensors")}

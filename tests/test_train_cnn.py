@@ -1,6 +1,12 @@
 """train_cnn.py: network, loop and predictions against plain PyTorch, choice of the epoch, classifier, options."""
 
+import importlib
+import runpy
+import shlex
 import shutil
+import subprocess
+import sys
+from argparse import Namespace
 from collections import OrderedDict
 
 import forked
@@ -8,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_user_error, metrics
+from conftest import assert_answers, assert_user_error, metrics
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
@@ -19,7 +25,7 @@ import common
 import train_cnn
 
 SMALL = ["--epochs", 3, "--batch-size", 10, "--crop-scale", 0.5, "--mixed-precision", "no"]
-MODEL = "CNN batch size 10, crop scale 0.5"
+MODEL = "CNN,batch-size=10,crop-scale=0.5"
 
 
 def start(folder, *args, **more):
@@ -27,11 +33,11 @@ def start(folder, *args, **more):
     return forked.run("train_cnn.py", *args, cwd=folder, env={"OMP_NUM_THREADS": None}, **more)
 
 
-def train(folder, *args):
+def train(folder, *args, **more):
     """Run train_cnn.py in `folder`; returns the run folders there by their path below runs/."""
-    done = start(folder, *args)
+    done = start(folder, *args, **more)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return {path.relative_to(folder / "runs").as_posix(): path for path in folder.glob("runs/*/*")}
+    return {path.relative_to(folder / "runs").as_posix(): path for path in folder.glob("runs/*/*/")}
 
 
 @pytest.fixture(scope="module")
@@ -45,92 +51,70 @@ def run(sweep):
 
 
 def plain_training(options, data, epochs):
-    """Return the weights after so many epochs, by a loop of torch's parts, and the plain loss of each step."""
+    """Return weights and network after so many epochs, by a loop of torch's parts, and the plain loss of each step."""
     pixels, labels = data.pixels["train"], data.labels["train"]
-    std, mean = (value.float().view(1, 1, 1) for value in torch.std_mean(pixels.double() / 255, correction=0))
+    std, mean = (value.view(1, 1, 1) for value in torch.std_mean(pixels / 255))
     torch.manual_seed(common.key_seed(options["seed"], "init"))
     layers = []
-    for inputs, width in ((1, 32), (32, 64), (64, 128)):
+    for inputs, width in zip([1, *options["widths"]], options["widths"]):
         layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.MaxPool2d(2)]
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 128, 3))
+    classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 3))
     model = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), classifier=classifier))
     model.to(memory_format=torch.channels_last)
-    weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05}
+    decayed = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05}
     others = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0}
-    optimizer = torch.optim.AdamW([weights, others], fused=True)
-    images = common.Images(pixels, options, data.image_size)
+    optimizer = torch.optim.AdamW([decayed, others], fused=True)
+    crops = {key: options[key] for key in ("crop_scale", "no_flip", "seed")}
+    images = common.ImageDataset(pixels, labels, data.image_size, **crops)
     order, losses = torch.Generator(), []
-    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=torch.tensor)
+    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=list)
+
+    def network(x):
+        return model(((x - mean) / std).contiguous(memory_format=torch.channels_last))
+
     for epoch in range(epochs):
         order.manual_seed(common.key_seed(options["seed"], "order", epoch))
+        images.start_epoch(epoch)
         for index in loader:
             for group in optimizer.param_groups:
                 group["lr"] = options["lr"] * common.cosine(len(losses), 3 * len(loader))
-            x = (images.augmented(index, epoch) - mean) / std
-            logits = model(x.contiguous(memory_format=torch.channels_last))
-            losses.append(F.cross_entropy(logits, labels[index]).item())
+            x, y = images.__getitems__(index)
+            logits = network(x)
+            losses.append(F.cross_entropy(logits, y).item())
             optimizer.zero_grad()
-            F.cross_entropy(logits, labels[index], label_smoothing=0.1).backward()
+            F.cross_entropy(logits, y, label_smoothing=0.1).backward()
             optimizer.step()
-    return model.state_dict() | {"mean": mean, "std": std}, losses
+    model.eval()
+    weights = {f"1.{key}": value for key, value in model.state_dict().items()}
+    return weights | {"0.mean": mean, "0.std": std}, network, losses
 
 
-def test_weights_are_those_of_a_plain_loop_to_the_bit(sweep, folder):
-    data = common.load_data(str(folder / "data"))
-    assert len(sweep) == 4
-    for run in sweep.values():
+def test_weights_are_those_of_a_plain_loop_to_the_bit_and_predictions_those_of_the_weights(sweep, folder):
+    other = train(folder, *SMALL, "--lr", 0.01, "--widths", 4, 8, "--image-size", 40, "--no-flip")
+    config = common.read_json(
+        other[f"{MODEL},image-size=40,no-flip,widths=4-8/e3-lr0.01-cosine-s0"] / "config.json"
+    )
+    parameters = 9 * 4 + 2 * 4 + 9 * 4 * 8 + 2 * 8 + 9 * 8 * 3 + 3
+    assert len(other) == 5 and config["parameters"] == config["trained"] == parameters
+    for run in other.values():
         lines, options = metrics(run), common.read_json(run / "config.json")["options"]
-        best = max(lines, key=common.rank_key)["epoch"]
-        expected, losses = plain_training(options, data, best)
-        weights = load_file(run / "model.safetensors")
+        data = common.load_data(str(folder / "data"), options["image_size"])
+        best = max(lines, key=common.rank_key)
+        expected, network, losses = plain_training(options, data, best["epoch"])
+        weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in weights)
-        for line, of_epoch in zip(lines, np.reshape(losses, (best, -1))):
+        for line, of_epoch in zip(lines, np.reshape(losses, (best["epoch"], -1))):
             assert line["train_loss"] == pytest.approx(of_epoch.mean(), rel=1e-6)
-
-
-def reference(weights, x):
-    """Return the logits [B, classes] of the network in eval mode, by functions alone."""
-    x = (x - weights["mean"]) / weights["std"]
-    for i in range(0, 4 * sum(value.dim() == 4 for value in weights.values()), 4):
-        x = F.max_pool2d(F.conv2d(x, weights[f"features.{i}.weight"], padding=1), 2)
-        keys = ("running_mean", "running_var", "weight", "bias")
-        x = F.relu(F.batch_norm(x, *(weights[f"features.{i + 2}.{key}"] for key in keys)))
-    x = F.adaptive_avg_pool2d(x, 3).flatten(1)
-    return F.linear(x, weights["classifier.2.weight"], weights["classifier.2.bias"])
-
-
-def assert_predictions(run):
-    """Assert that a run's predictions are those of its weights, and its best epoch's metrics those of them."""
-    weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
-    config = common.read_json(run / "config.json")
-    data = common.load_data(str(run.parents[2] / "data"), config["options"]["image_size"])
-    for split in ("val", "test"):
-        images = common.resize(data.pixels[split] / 255, data.image_size)
-        log_probs = reference(weights, images).log_softmax(1)
-        assert torch.equal(stored[f"{split}.labels"], data.labels[split])
-        assert torch.allclose(stored[f"{split}.log_probs"], log_probs, atol=1e-4)
-    best = max(metrics(run), key=common.rank_key)
-    y, p = stored["val.labels"], stored["val.log_probs"].double().softmax(1)
-    expected = [accuracy_score(y, p.argmax(1)), f1_score(y, p.argmax(1), average="macro"), log_loss(y, p)]
-    values = [best["val_accuracy"], best["val_macro_f1"], best["val_loss"]]
-    assert values == pytest.approx(expected, rel=1e-4)
-    return config
-
-
-def test_predictions_are_those_of_the_stored_weights(run, folder):
-    assert_predictions(run)
-    runs = train(folder, *SMALL, "--lr", 0.01, "--widths", 4, 8, "--image-size", 40, "--no-flip")
-    config = assert_predictions(runs[f"{MODEL}, image size 40, no flip, widths 4 8/e3-lr0.01-cosine-s0"])
-    assert config["parameters"] == 9 * 4 + 2 * 4 + 9 * 4 * 8 + 2 * 8 + 9 * 8 * 3 + 3
-
-
-def test_any_image_size_fits_the_classifier():
-    model = train_cnn.CNN(5, torch.rand(3), torch.rand(3) + 1).eval()
-    for size in 8, 28, 40, 64:
-        images = torch.rand(2, 3, size, size)
-        assert torch.allclose(model(images), reference(model.state_dict(), images), atol=1e-5)
+        for split in ("val", "test"):
+            log_probs = network(common.resize(data.pixels[split] / 255, data.image_size)).log_softmax(1)
+            assert torch.equal(stored[f"{split}.labels"], data.labels[split])
+            assert torch.allclose(stored[f"{split}.log_probs"], log_probs, atol=1e-4)
+        y, p = stored["val.labels"], stored["val.log_probs"].double().softmax(1)
+        expected = [accuracy_score(y, p.argmax(1)), f1_score(y, p.argmax(1), average="macro"), log_loss(y, p)]
+        values = [best["val_accuracy"], best["val_macro_f1"], best["val_loss"]]
+        assert values == pytest.approx(expected, rel=1e-4)
 
 
 def test_test_images_change_nothing_and_a_run_of_a_sweep_is_the_run_alone(folder, run, tmp_path):
@@ -145,62 +129,165 @@ def test_test_images_change_nothing_and_a_run_of_a_sweep_is_the_run_alone(folder
     assert torch.equal(ours["val.log_probs"], theirs["val.log_probs"])
 
 
-def guess(labels, right, margin):
-    """Return logits of which the first `right` are right by `margin`, the others wrong by a little."""
-    logits = 0.01 * F.one_hot((labels + 1) % 3, 3).float()
-    logits[:right] = margin * F.one_hot(labels[:right], 3)
-    return logits
-
-
 def test_the_best_epoch_is_that_of_the_best_validation_accuracy_then_loss(folder, monkeypatch):
     monkeypatch.chdir(folder)
     args = train_cnn.make_parser().parse_args(["--epochs", "4"])
-    (args,) = common.each_run(args, "lr", "schedule", "seed")
+    (options,) = common.each_setting(args, "lr", "schedule", "seed")
+    options.model = "best"
     data, accelerator = common.load_data("data"), common.make_accelerator("no")
-    model, optimizer, _, _ = train_cnn.prepare(args, data, accelerator)
-    config = common.make_config(args, accelerator, data, "best", train_cnn.__file__, model, optimizer)
-    with common.Run(accelerator, config, data, model, optimizer) as run:
-        for epoch, (right, margin) in zip(run.remaining_epochs(), [(10, 9), (12, 1), (12, 2), (11, 9)]):
-            nn.init.constant_(model.classifier[2].bias, epoch)
+    model, optimizer, _, _ = train_cnn.prepare(options, data, accelerator)
+    config = common.make_config(accelerator, options, data, train_cnn.__file__, model, optimizer)
+    with common.Run(accelerator, config, model, optimizer) as run:
+        values = [(0.6, 0.1), (0.8, 1.0), (0.8, 0.5), (0.7, 0.1)]
+        for epoch, (accuracy, loss) in zip(run.remaining_epochs(), values):
+            nn.init.constant_(model[1].classifier[2].bias, epoch)
             step = 0.1, torch.tensor(1.0 - epoch / 10), torch.tensor(epoch / 10)
-            run.end_epoch([step], guess(data.labels["val"], right, margin))
-        run.finish(lambda split: torch.zeros(15, 3))
-    assert (load_file(run.path / "model.safetensors")["classifier.2.bias"] == 2).all()
+            run.end_epoch([step], {"accuracy": accuracy, "loss": loss, "macro_f1": 1 - epoch / 9})
+        assert run.restore_best_weights() and (model[1].classifier[2].bias == 2).all()
+        run.finish({"val": torch.zeros(15, 3)}, data.labels)
+    assert (load_file(run.path / "model.safetensors")["1.classifier.2.bias"] == 2).all()
 
 
 def test_load_classifier_agrees_with_the_predictions_and_refuses_other_runs(run, tmp_path):
     classify, val = train_cnn.load_classifier(run), run.parents[2] / "data" / "val"
-    log_probs = load_file(run / "predictions.safetensors")["val.log_probs"]
     files = sorted(val.rglob("*.png"))
     pictures = [Image.open(file) for file in files]
     for images in (files, list(map(str, files)), val, pictures, list(map(np.asarray, pictures))):
-        for answer, row in zip(classify(images, batch_size=4), log_probs.exp().tolist(), strict=True):
-            assert list(answer.values()) == sorted(answer.values(), reverse=True)
-            assert answer == pytest.approx(dict(zip(("class0", "class1", "class2"), row)), abs=1e-5)
+        assert_answers(classify(images, batch_size=4), run, abs=1e-5)
     photo = np.random.default_rng(0).integers(0, 256, (90, 60, 3)).astype(np.uint8)
     assert classify([files[3], photo])[0] == pytest.approx(classify(files[3])[0], abs=1e-6)
     with pytest.raises(common.UserError, match="config.json"):
         classify([files[0], run / "config.json"])
     other = shutil.copytree(run, tmp_path / "run")
     config = (other / "config.json").read_text()
-    for text, said in ((config.replace("ReLU", "GELU"), "network"), (config[:100], "config.json")):
+    changes = {
+        config.replace("ReLU", "GELU"): "run: has.*GELU.* this script .*ReLU",
+        config[:100]: "config.json",
+    }
+    for text, said in changes.items():
         (other / "config.json").write_text(text)
         with pytest.raises(common.UserError, match=said):
             train_cnn.load_classifier(other)
 
 
+# What is no image, by what is said of it.
+NO_IMAGES = {
+    "int": 5,
+    "NoneType": None,
+    "list": [[1, 2]],
+    "Tensor": torch.zeros(3, 8, 8),
+    "no images": "empty",
+}
+NO_IMAGES |= {"pixels": np.zeros((0, 5), np.uint8), "no pixels": Image.new("L", (3, 0))}
+NO_IMAGES |= {"8 bits": np.zeros((4, 4), np.float32), "ndarray": np.zeros((2, 8, 8, 5), np.uint8)}
+
+
+@pytest.mark.parametrize("said", NO_IMAGES)
+def test_what_is_no_image_is_not_classified(run, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.UserError, match=said) as error:
+        train_cnn.load_classifier(run)(NO_IMAGES[said])
+    assert "attribute" not in str(error.value)
+
+
+RESNET = """from torchvision.models import resnet18
+    net = resnet18(num_classes=classes)
+    net.conv1 = nn.Conv2d(channels, 64, 3, bias=False)
+    return nn.Sequential(Normalize(channels), net)"""
+FROZEN = """hidden = nn.Linear(144, 6).requires_grad_(False)
+    return nn.Sequential(Normalize(channels), nn.Flatten(), hidden, nn.ReLU(), nn.Linear(6, classes))"""
+# Networks that a student puts in: the text, all its parameters, and those that are trained.
+RESNET = RESNET, *[11_689_512 - 2 * 64 * 7 * 7 - 64 * 40 - 997 * 513] * 2
+FROZEN = FROZEN, 145 * 6 + 7 * 3, 7 * 3
+
+
+@pytest.mark.parametrize("text, parameters, trained", [RESNET, FROZEN], ids=["resnet", "frozen"])
+def test_another_network_is_one_changed_place(folder, text, parameters, trained, tmp_path):
+    change = "return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))", text
+    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py", change)
+    (tmp_path / "data").symlink_to(folder / "data")
+    (run,) = train(
+        tmp_path, "--epochs", 1, "--mixed-precision", "no", "--batch-size", 24, scripts=scripts
+    ).values()
+    config = common.read_json(run / "config.json")
+    assert (config["parameters"], config["trained"]) == (parameters, trained)
+    classify = runpy.run_path(str(scripts / "train_cnn.py"))["load_classifier"](run)
+    assert_answers(classify(folder / "data" / "val"), run, abs=1e-5)
+
+
 def test_sanity_check_passes_on_real_images_and_fails_where_nothing_is_learned(workdir):
     options = ["--sanity-check", "--batch-size", 8, "--mixed-precision", "no"]
-    passed, failed = start(workdir, *options), start(workdir, *options, "--lr", 1e-10)
-    assert passed.returncode == 0 and "sanity check: pass: 32 images" in passed.stdout, passed.stdout
-    assert failed.returncode == 1 and "sanity check: FAIL" in failed.stdout, failed.stdout
-    assert not (workdir / "runs").exists()
+    for more, code, said in ([], 0, "pass"), (["--lr", 1e-10], 1, "FAIL"):
+        done = start(workdir, *options, *more)
+        assert done.returncode == code and f"sanity check: {said}: 32 images" in done.stdout, done.stdout
+        (file,) = (path for path in (workdir / "runs").rglob("*") if path.is_file())
+        assert file == workdir / "runs" / "CNN,batch-size=8" / "sanity-check.json"
+        result = common.read_json(file)
+        assert result["passed"] == (code == 0) == (result["accuracy"] == 1 and result["loss"] < 0.05)
+        assert result["images"] == 32 and "--sanity-check" in result["command"]
+        assert f"accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f}" in done.stdout
+        assert "Conv2d" in result["identity"]["network"] and "train_cnn.py" in result["scripts"][0]
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_line(folder):
-    done = start(folder, *SMALL, "--lr", 1000, "--weight-decay", 1000, "--name", "diverges")
-    assert_user_error(done, "runs/diverges", "loss", "--lr")
-    assert not list((folder / "runs" / "diverges").glob("*/checkpoint.pt"))
+def test_a_run_that_diverges_is_said_in_one_line_and_the_others_are_trained(folder):
+    """Also when they are resumed."""
+    for more in [], ["--resume"]:
+        done = start(folder, *SMALL, "--lr", 1e-3, 1e9, 5e-3, "--name", "diverges", *more)
+        assert_user_error(done, "runs/diverges/e3-lr1000000000.0", "loss", "--lr")
+    assert done.stdout.count("already complete") == 2
+    names = [path.parent.name for path in (folder / "runs/diverges").glob("*/predictions.safetensors")]
+    assert sorted(names) == ["e3-lr0.001-cosine-s0", "e3-lr0.005-cosine-s0"]
+    assert not list((folder / "runs" / "diverges").glob("e3-lr1000000000.0*/checkpoint.pt"))
+
+
+def be_a_mac():
+    """Hook: torch says that Apple's GPU is there, which would fail."""
+    torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
+    torch.accelerator.is_available = lambda: True
+    torch.mps.empty_cache = lambda: None
+    torch.accelerator.current_accelerator = lambda *args, **more: torch.device("mps")
+
+
+PROBE = ["train_vit_probe.py", "--no-pretrained", "--image-size", 32]
+
+
+@pytest.mark.parametrize("script", [["train_cnn.py"], PROBE], ids=["cnn", "probe"])
+def test_apples_gpu_is_left_alone(folder, script, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(folder / "data")
+    for more, code in ([], 0), (["--sanity-check", "--lr", 1e-10], 1):
+        options = ["--epochs", 1, "--batch-size", 12, *more]
+        done = forked.run(*script, *options, cwd=tmp_path, hook=be_a_mac)
+        assert (done.returncode, done.stderr) == (code, ""), done.stderr
+        assert " on cpu" in done.stdout and "not on Apple's GPU" in done.stdout
+    (run,) = tmp_path.glob("runs/*/*/")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    module = importlib.import_module(script[0].removesuffix(".py"))
+    assert len(module.load_classifier(run)(tmp_path / "data" / "val")) == 15
+
+
+def test_closed_output_does_not_stop_a_training(folder, tmp_path):
+    (tmp_path / "data").symlink_to(folder / "data")
+    words = [sys.executable, train_cnn.__file__, "--epochs", "1", "--batch-size", "12"]
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} >&- 2>&-"], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/*/predictions.safetensors"))) == 1
+
+
+def test_without_prepare_data_a_data_folder_is_asked_for(tmp_path):
+    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py")
+    assert_user_error(start(tmp_path, scripts=scripts), "data/", "--data-dir")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_in_fp16_is_refused():
+    """Its runs would share a loss scaler, which needs a GPU: a stand-in has it."""
+    settings = [
+        Namespace(model="fp16", epochs=1, lr=lr, schedule="cosine", seed=0, resume=False) for lr in (1, 2)
+    ]
+    accelerator = Namespace(scaler=torch.amp.GradScaler("cpu"))
+    common.check_folders(accelerator, settings[:1])
+    with pytest.raises(common.UserError, match="fp16"):
+        common.check_folders(accelerator, settings)
 
 
 BAD = ["--epochs 0", "--epochs 1.5", "--lr nan", "--lr 0", "--lr 1e-3 inf", "--crop-scale 2", "--seed -1"]

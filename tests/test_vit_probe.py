@@ -1,16 +1,19 @@
 """train_vit_probe.py: features against timm, the linear layer against plain PyTorch, the cache, other weights."""
 
 import os
+import runpy
 import shutil
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import WEIGHTS, assert_user_error, metrics, needs_weights
-from safetensors.torch import load_file
+from conftest import WEIGHTS, assert_answers, assert_user_error, metrics, needs_weights
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +23,7 @@ import train_vit_probe as probe
 SMALL = ["--image-size", 32, "--batch-size", 10, "--epochs", 3, "--lr", 0.005, "--mixed-precision", "no"]
 RANDOM = ["--no-pretrained", *SMALL]
 CHOICES = ["class", "last", "grid4"]
+MODEL = "ViT-Tiny-{},batch-size=10,image-size=32"
 
 
 def start(folder, *args, **more):
@@ -30,7 +34,7 @@ def train(folder, *args, **more):
     """Run train_vit_probe.py in `folder`; returns the run folders there by the model's name."""
     done = start(folder, *args, **more)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return {path.parent.name: path for path in folder.glob("runs/*/*")}
+    return {path.parent.name: path for path in folder.glob("runs/*/*/")}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,8 @@ def data(folder):
 @torch.no_grad()
 def by_hand(vit, images, choice):
     """Return the features float32 [B, values] of images 0 to 1, from timm's blocks run one by one."""
-    x = (2 * images - 1).expand(-1, 3, -1, -1)
+    mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    x = (images.expand(-1, 3, -1, -1) - mean) / std
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
     after = []
     for block in vit.blocks:
@@ -72,8 +77,10 @@ def test_features_are_timms_own(file, size):
         assert all(torch.equal(value, weights[key]) for key, value in vit.state_dict().items())
     choices = ["grid0", "class", "grid7", "last", "grid11"]
     images = torch.rand(2, 1, size, size, generator=common.generator("images"))
-    features = probe.Backbone(vit, choices, "no")(images).float()
-    for choice, ours in zip(choices, features.split([probe.values(choice) for choice in choices], 1)):
+    backbone = probe.Backbone(vit, choices, "no")
+    features = backbone(images).float()
+    assert backbone.lengths == [1920, 192, 1920, 384, 1920]
+    for choice, ours in zip(choices, features.split(backbone.lengths, 1)):
         assert torch.allclose(ours, by_hand(vit, images, choice), atol=2e-3, rtol=2e-3), choice
     rough = probe.Backbone(vit, choices, "bf16")(images).float()
     assert 0 < (rough - features).norm() / features.norm() < 0.05
@@ -99,7 +106,7 @@ def plain_training(x, labels, epochs):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_run_is_a_linear_layer_on_standardised_features(runs, data, choice):
-    run, vit = runs[f"ViT-Tiny-{choice}-random batch size 10, image size 32"], probe.load_vit(None, 32)
+    run, vit = runs[MODEL.format(f"{choice}-random")], probe.load_vit(None, 32)
     weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
     features = {k: by_hand(vit, common.resize(x / 255, 32), choice) for k, x in data.pixels.items()}
     std, mean = torch.std_mean(features["train"], 0)
@@ -114,13 +121,15 @@ def test_a_run_is_a_linear_layer_on_standardised_features(runs, data, choice):
         log_probs = layer(features[split]).log_softmax(1)
         assert torch.allclose(stored[f"{split}.log_probs"], log_probs, atol=1e-2)
         assert torch.equal(stored[f"{split}.labels"], data.labels[split])
-    parameters = sum(p.numel() for p in [*vit.parameters(), *layer.parameters()])
-    assert common.read_json(run / "config.json")["parameters"] == parameters
+    config, trained = common.read_json(run / "config.json"), 3 * len(mean) + 3
+    parameters = sum(p.numel() for p in vit.parameters()) + trained
+    assert (config["parameters"], config["trained"], config["features"]) == (parameters, trained, choice)
+    assert (config["backbone"]["mean"], config["feature_seconds"] > 0) == ([0.5] * 3, True)
 
 
 def options(*argv):
     args = probe.make_parser().parse_args([str(arg) for arg in [*RANDOM, *argv]])
-    return common.each_run(args, "features", "lr", "schedule", "seed")[0]
+    return common.each_setting(args, "features", "lr", "schedule", "seed")[0]
 
 
 @pytest.fixture
@@ -136,8 +145,10 @@ def extract(monkeypatch, tmp_path, data):
     def extract(*choices, data=data, precision="no", argv=()):
         seen.clear()
         args = options(*argv)
-        backbone = probe.Backbone(probe.load_vit(None, args.image_size), choices, precision)
-        return probe.extract_all(args, data, backbone, {"weights": "random"}, accelerator)[0], sum(seen)
+        network = probe.Backbone(probe.load_vit(None, args.image_size), choices, precision)
+        features, seconds = probe.extract_all(args, data, network, {"weights": "random"}, accelerator)
+        assert seconds.keys() == set(choices)
+        return features, sum(seen)
 
     monkeypatch.setattr(probe.Backbone, "forward", counted)
     return extract
@@ -153,22 +164,43 @@ def test_features_are_cached_and_what_is_missing_is_computed(extract, data, monk
     missing.unlink()
     again, count = extract("grid4")
     assert count == 40 and torch.equal(again["grid4"]["train"][0], first["grid4"]["train"][0])
-    hashes = {"sha256": {split: f"other images of {split}" for split in data.pixels}}
-    others = {"data": common.Data(**vars(data) | {"description": hashes})}
-    for more in others, {"precision": "bf16"}, {"argv": ["--image-size", 48]}:
+    for more in {"precision": "bf16"}, {"argv": ["--image-size", 48]}:
         assert extract("class", **more)[1] == 78 and extract("class", **more)[1] == 0
+
+
+# What the training images of other data are, where val/ and test/ have the same files; how many are computed then.
+OTHERS = [("L", 12, 12, 48), ("RGB", 12, 12, 78), ("L", 20, 20, 78), ("RGB", 50, 40, 78)]
+
+
+def test_features_depend_on_how_images_are_stored(extract, folder, tmp_path):
+    extract("class")
+    root, vit = shutil.copytree(folder / "data", tmp_path / "data"), probe.load_vit(None, 32)
+    for mode, width, height, computed in OTHERS:
+        for i, path in enumerate(sorted((root / "train").rglob("*.png"))):
+            pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3)).astype(np.uint8)
+            Image.fromarray(pixels).convert(mode).save(path)
+        data = common.load_data(str(root), 32)
+        features, count = extract("class", data=data)
+        assert count == computed, mode
+        for split, pixels in data.pixels.items():
+            expected = by_hand(vit, common.resize(pixels / 255, 32), "class")
+            assert torch.allclose(features["class"][split][0].float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_views_are_augmented_images_one_an_epoch_in_turn(extract, data):
     argv = ["--views", 2, "--crop-scale", 0.5]
     features, count = extract("class", argv=argv)
     assert count == 2 * 48 + 30
-    _, _, batches, _ = probe.prepare(options(*argv), data, features["class"], common.make_accelerator("no"))
-    images = common.Images(data.pixels["train"], {"crop_scale": 0.5, "no_flip": False, "seed": 0}, 32)
-    index, vit = torch.arange(48), probe.load_vit(None, 32)
-    expected = [by_hand(vit, images.augmented(index, view), "class") for view in (0, 1, 0)]
+    loader = probe.prepare(options(*argv), data, features["class"], common.make_accelerator("no"))[2]
+    images = common.ImageDataset(data.pixels["train"], data.labels["train"], 32, crop_scale=0.5)
+    index, vit = list(range(48)), probe.load_vit(None, 32)
     for epoch in range(3):
-        assert torch.allclose(batches.inputs(index, epoch).float(), expected[epoch], atol=2e-3, rtol=2e-3)
+        loader.dataset.start_epoch(epoch)
+        images.start_epoch(epoch % 2)
+        expected = by_hand(vit, images.__getitems__(index)[0], "class")
+        ours, labels = loader.dataset.__getitems__(index)
+        assert torch.allclose(ours.float(), expected, atol=2e-3, rtol=2e-3)
+        assert torch.equal(labels, data.labels["train"])
     for more, count in ([], 0), (["--seed", 1], 96), (["--no-flip"], 96), (["--views", 3], 48):
         assert extract("class", argv=[*argv, *more])[1] == count, more
 
@@ -176,20 +208,18 @@ def test_views_are_augmented_images_one_an_epoch_in_turn(extract, data):
 @pytest.mark.parametrize("weights", [None, pytest.param(WEIGHTS, marks=needs_weights)])
 def test_load_classifier_agrees_with_the_predictions(folder, weights):
     options = ["--weights", weights, *SMALL] if weights else RANDOM
-    name = "ViT-Tiny-class" if weights else "ViT-Tiny-class-random"
-    run = train(folder, *options, "--resume")[f"{name} batch size 10, image size 32"]
+    name = "class" if weights else "class-random"
+    run = train(folder, *options, "--resume")[MODEL.format(name)]
     answers = probe.load_classifier(run, weights)(folder / "data" / "val", batch_size=4)
-    log_probs = load_file(run / "predictions.safetensors")["val.log_probs"]
-    for answer, row in zip(answers, log_probs.exp().tolist(), strict=True):
-        assert answer == pytest.approx(dict(zip(("class0", "class1", "class2"), row)), abs=2e-3)
+    assert_answers(answers, run, abs=2e-3)
 
 
 def test_load_classifier_refuses_other_runs(runs, tmp_path):
-    run = shutil.copytree(runs["ViT-Tiny-grid4-random batch size 10, image size 32"], tmp_path / "run")
+    run = shutil.copytree(runs[MODEL.format("grid4-random")], tmp_path / "run")
     config = (run / "config.json").read_text()
     for change in ("Linear(", "Linear2("), ('"weights": "random"', '"weights": "pretrained"'):
         (run / "config.json").write_text(config.replace(*change))
-        with pytest.raises(common.UserError, match="network|not the weights"):
+        with pytest.raises(common.UserError, match="Linear2.* this script |not the weights"):
             probe.load_classifier(run, weights=run / "config.json")
 
 
@@ -204,7 +234,7 @@ def test_wrong_weights_end_in_one_line_and_are_never_executed(folder, kind):
     state = timm.create_model("resnet10t" if kind == "another model" else probe.BACKBONE).state_dict()
     del state[list(state)[7]]
     torch.save({"state_dict": Evil() if kind == "code" else state}, file)
-    assert_user_error(start(folder, "--weights", file, *SMALL), str(file), "--weights")
+    assert_user_error(start(folder, "--weights", file, "--name", kind, *SMALL), str(file), "--weights")
     assert not (folder / "executed").exists()
 
 
@@ -237,7 +267,7 @@ def test_without_weights_and_network_recorded_features_are_used(recorded):
     folder, offline, features = recorded
     runs = train(folder, "--features", "class", "grid6", "--batch-size", 10, **offline)
     for choice, n in ("class", 192), ("grid6", 1920):
-        run = runs[f"ViT-Tiny-{choice}-recorded batch size 10"]
+        run = runs[f"ViT-Tiny-{choice}-recorded,batch-size=10"]
         weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
         x = (features["test"][:, :n] - weights["mean"]) / weights["std"] / (n / 192) ** 0.5
         log_probs = F.linear(x, weights["linear.weight"], weights["linear.bias"]).log_softmax(1)
@@ -246,7 +276,7 @@ def test_without_weights_and_network_recorded_features_are_used(recorded):
 
 def test_what_is_not_recorded_is_refused_in_one_line(recorded):
     folder, offline, _ = recorded
-    for more in "--features last", "--views 1", "--image-size 112", "--weights nowhere":
+    for more in "--features last", "--views 1", "--image-size 112", "--weights hub/nowhere":
         assert_user_error(start(folder, *more.split(), **offline), "--weights")
     shutil.copy(folder / "data" / "train" / "class1" / "001.png", folder / "data" / "val" / "class1")
     assert_user_error(start(folder, "--batch-size", 10, **offline), "vit_features.safetensors", "--weights")
@@ -255,9 +285,49 @@ def test_what_is_not_recorded_is_refused_in_one_line(recorded):
     assert not (folder / "runs").exists()
 
 
-def test_sanity_check_passes(folder):
+def test_the_recorded_features_are_those_of_the_default_data(default_data):
+    data = common.load_data(str(default_data / "data"), 224)
+    assert common.load_tensors(probe.RECORDED)[1]["images"] == data.description["sha256"]
+    features, _ = probe.recorded_features(data, ["class", "grid6"])
+    for choice, n in ("class", 192), ("grid6", 1920):
+        for split, labels in data.labels.items():
+            assert features[choice][split][0].shape == (len(labels), n)
+
+
+# Another backbone: its name, the values of a token, mean and deviation of the images that it was trained with.
+BACKBONES = [("deit_tiny", 192, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+BACKBONES += [("vit_small", 384, [0.5] * 3, [0.5] * 3)]
+
+
+@pytest.mark.parametrize("name, values, mean, std", BACKBONES, ids=["deit_tiny", "vit_small"])
+def test_another_vit_is_one_changed_name(name, values, mean, std, folder, data, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    change = f'BACKBONE = "{probe.BACKBONE}"', f'BACKBONE = "{name}_patch16_224"'
+    scripts = forked.changed_copy(tmp_path / "copy", "train_vit_probe.py", change)
+    torch.manual_seed(1)
+    vit, file = timm.create_model(f"{name}_patch16_224"), tmp_path / "weights.safetensors"
+    save_file(vit.state_dict(), file)
+    more = {"scripts": scripts, "env": {f"{name.upper()}_WEIGHTS": str(file)}}
+    run = train(tmp_path, *SMALL, "--features", "grid11", **more)[
+        f"{name}-grid11,batch-size=10,image-size=32"
+    ]
+    vit.set_input_size(img_size=32)
+    vit.pretrained_cfg = {"mean": mean, "std": std}
+    expected = by_hand(vit.eval(), common.resize(data.pixels["train"] / 255, 32), "grid11").mean(0)
+    assert expected.shape == (10 * values,)
+    assert torch.allclose(load_file(run / "model.safetensors")["mean"], expected, atol=2e-3)
+    backbone = common.read_json(run / "config.json")["backbone"]
+    assert [backbone["mean"], backbone["std"]] == pytest.approx(np.array([mean, std]))
+    classify = runpy.run_path(str(scripts / "train_vit_probe.py"))["load_classifier"](run, file)
+    assert_answers(classify(tmp_path / "data" / "val"), run, abs=2e-3)
+
+
+def test_sanity_check_passes_and_is_stored(folder):
     done = start(folder, *RANDOM, "--sanity-check")
     assert done.returncode == 0 and "sanity check: pass: 40 images" in done.stdout, done.stdout
+    stored = common.read_json(folder / "runs" / MODEL.format("class-random") / "sanity-check.json")
+    assert (stored["passed"], stored["images"], stored["accuracy"]) == (True, 40, 1)
+    assert "LinearProbe" in stored["identity"]["network"] and stored["backbone"]["weights"] == "random"
 
 
 @pytest.mark.parametrize("options", ["--image-size 100", "--features grid12", "--batch-size 49"])
