@@ -184,8 +184,8 @@ def train(options, data, features, about, accelerator):
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
 
             # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
-            # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, `break` in the loop's first line,
-            # by `run.history`, the lines of metrics.jsonl: so a resumed run stops there, too.
+            # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, begin the loop with an `if ...:
+            # break` that depends on `run.history`, the lines of metrics.jsonl: a resumed run then stops there, too.
             run.end_epoch(steps, val)
         # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
         # all. False: these predictions are there already.
