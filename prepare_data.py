@@ -5,8 +5,8 @@
     python prepare_data.py --source CIFAR10 --classes bird cat dog --per-class all --out data-cifar
 
 Reads --source: a folder or a zip with a folder of images for each class, or the name of a data set of torchvision,
-which is downloaded to --root. Writes --out as a whole or not at all. Files are copied as they are; images that are no
-files of their own become PNGs named by their index.
+which is downloaded to downloads/. Writes --out as a whole or not at all. Files are copied as they are; images that
+are no files of their own become PNGs named by their index.
 
 In a folder or a zip, data may lie as they do on Kaggle. From the outer folder inwards:
 - A folder that has only one folder with images is passed through.
