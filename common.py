@@ -286,7 +286,7 @@ def find_images(folder, classes):
     names = [path.relative_to(folder).parts[0] for path in files]
     if not files and folder.name != "test":
         raise UserError(
-            f"{folder}: no class folders with images ({list_suffixes(count_suffixes(others)) or 'no files'}): train/ "
+            f"{folder}: no class folders with images ({list_counts(count_suffixes(others))}): train/ "
             "and val/ need a folder of images for each class; prepare_data.py --source makes them"
         )
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
@@ -301,9 +301,9 @@ def count_suffixes(files):
     return Counter(path.suffix.lower() or "without a suffix" for path in files)
 
 
-def list_suffixes(counts):
-    """Return what `count_suffixes` counted in words, the five most frequent: "12 .heic, 3 without a suffix"."""
-    return ", ".join(f"{n:,} {suffix}" for suffix, n in Counter(counts).most_common(5))
+def list_counts(counts):
+    """Return the five most frequent of what a Counter has, in words: "12 .heic, 3 without a suffix"."""
+    return ", ".join(f"{n:,} {name}" for name, n in Counter(counts).most_common(5) if n) or "nothing"
 
 
 def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
@@ -356,9 +356,7 @@ def describe_data(about):
         f"images of {width:g}x{height:g} px on average, trained at {size}x{size}",
     ]
     if about["skipped"]:
-        lines.append(
-            f"skipped, outside class folders or not read by Pillow: {list_suffixes(about['skipped'])}"
-        )
+        lines.append(f"skipped, outside class folders or not read by Pillow: {list_counts(about['skipped'])}")
     for name, n in about["repeated"].items():
         if n:
             lines.append(f"{n} of {counts[name]:,} {name} images are in another split, too")

@@ -5,20 +5,20 @@
     python prepare_data.py --source CIFAR10 --classes bird cat dog --per-class all --out data-cifar
 
 Reads --source: a folder or a zip with a folder of images for each class, or the name of a data set of torchvision,
-which is downloaded to --root. Writes --out as a whole or not at all. Files are copied as they are; images that are no
-files of their own become PNGs named by their index.
+which is downloaded to downloads/. Writes --out as a whole or not at all. Files are copied as they are; images that
+are no files of their own become PNGs named by their index.
 
-In a folder or a zip, data may lie as they do on Kaggle. These folders are no classes:
-- outer folders, as long as they hold only one folder with images;
-- the splits, above the classes (train/cat) or below them (cat/train): their names have train, training, test, testing,
-  val, valid or validation, else only words like set, data or images, or words that all folders beside them have
-  (training_set, "Test Images", seg_train beside seg_test); but train is a class beside car and plane alone;
-- folders that only hold images, by words like images, parts, data (images_001, HAM10000_images_part_1).
-The first of the other folders on the way to an image is its class, whatever it is called (c0, class_1, 00042); deeper
-ones do not matter. Images with no class are left out and said (test/ beside cat/ and dog/, as it has no labels), and so
-are, beside train/ and test/, those in no split. What could be read in two ways is refused: copies of all classes in
-several folders, masks or annotations of the classes, train/ alone beside classes. Then give the folder that is meant
-as --source, or name the classes by --classes: a folder that has all of these has no other classes.
+In a folder or a zip, data may lie as they do on Kaggle. From the outer folder inwards:
+- A folder that has only one folder with images is passed through.
+- The words in a folder's name tell a split (train, Testing, valid), masks or the like, or images (images_001, data);
+  words that all folders beside it have do not matter (seg_train beside seg_test). With any other word it is a class,
+  whatever it is called (c0, 00042, test_tube).
+- The classes of a split are the folders in it. A split or a container without folders has no labels: it is left out
+  and said (test/ beside cat/ and dog/; seg_pred/), and so is any such folder beside train/ and test/. But train is a
+  class beside car and plane.
+- The folders in a class do not matter, but where all of them are splits these are kept (cat/train, cat/test).
+- What could be read in two ways is refused: classes with the same folders in them or copies of all classes in one,
+  masks beside images, train/ alone beside other classes. Then give the folder that is meant as --source.
 
 Splits of the source are kept. Without test/, a share of each class is taken for it. Of the other images --per-class
 are used, and a share of these is for validation; where the source has val/, both are cut in proportion. Images are
@@ -26,10 +26,8 @@ drawn in the order of a hash of the seed and their pixels, so the same images gi
 names and the kind of source. An image of test/ is left out of val/ and train/, one of val/ out of train/, and none is
 in train/ twice. An image that stands in two classes is an error, or left out of both by --skip-bad."""
 
-import glob
+import filecmp
 import hashlib
-import inspect
-import math
 import os
 import re
 import shutil
@@ -47,20 +45,22 @@ from tqdm import tqdm
 import common
 from common import UserError, number
 
-ARCHIVE = Path(__file__).with_name("archive.zip")
 FORMS = "give a folder or a zip with a folder of images for each class, or the name of a torchvision data set"
 # Those with a label for each image and a download; some have no names for their classes, but numbers.
-DATASETS = """CIFAR10 CIFAR100 Caltech101 Caltech256 Country211 DTD EuroSAT FGVCAircraft FashionMNIST Flowers102 Food101
+DATASETS = """CIFAR10 CIFAR100 Caltech101 Caltech256 DTD EuroSAT FGVCAircraft FashionMNIST Flowers102 Food101
 GTSRB Imagenette KMNIST MNIST OxfordIIITPet QMNIST RenderedSST2 SEMEION STL10 SUN397 SVHN USPS"""
+# The default is the training images in all of them; some have the one parameter, some the other or none.
+CHOICES = [("train", {}), ("test", {"train": False}), ("test", {"split": "test"}), ("val", {"split": "val"})]
 SPLITS = ["test", "val", "train"]  # an image that is in several stays in the first
-# Words of folders' names that are no classes: of splits, of what is not to be learned, of what holds images.
-KINDS = r"""(?x)(?P<train> train(?:ing)?(?:set|data|images|[ab])?) | (?P<test> test(?:ing)?(?:set|data|images|[ab])?)
-| (?P<val> val(?:id|idation)?(?:set|data|images)?)
-| (?P<other> masks|annotations?|labels|segmentation(?:class|object|s)?|unlabell?ed|pred|predictions?|meta)
-| (?P<holder> images?|imgs?|jpegimages|pictures|photos|parts?|data|datasets?|sets?|files|samples|zip)"""
-REMEDY = (
-    "give the folder that has one folder for each class and no others as --source, or name them by --classes"
-)
+# What the words in folders' names tell; the first word of a line is the kind. Of several in a name the one that comes
+# first here counts: train_masks are masks, train_images is a split. Masks have no class; images are only a container.
+KINDS = """masks annotation annotations labels unlabelled unlabeled pred prediction predictions meta
+masks segmentation segmentations segmentationclass segmentationobject
+test testing testset testdata testimages testa testb
+val valid validation valset validset validationset valdata validationdata valimages
+train training trainset trainingset traindata trainingdata trainimages traina trainb
+images image img imgs jpegimages pictures photos part parts data dataset datasets set sets files samples zip"""
+WORDS = {word: line.split()[0] for line in KINDS.splitlines() for word in line.split()}
 
 
 @dataclass
@@ -69,186 +69,166 @@ class Item:
 
     split: str
     label: str
-    name: str
-    file: object  # a path, or a tuple of one of torchvision's data sets and an index
-    key: tuple = ()  # equal for equal pixels; images are drawn in the order of their keys
-
-    def __str__(self):
-        return f"{self.label}/{self.name}" if isinstance(self.file, tuple) else str(self.file)
+    path: Path  # as messages show it; the last part is the name of the file to write
+    file: object  # a path, or a PIL image of a data set without files
+    key: object = None  # equal for equal pixels; images are drawn in the order of their keys
 
 
 def unpack(archive, folder):
-    """Unpack a zip. Raises UserError where that fails, and for a file of over 200 MB."""
+    """Unpack a zip and return the folder. Raises UserError where that fails."""
     try:
         with zipfile.ZipFile(archive) as file:
             for entry in file.infolist():
-                if entry.file_size > 200_000_000:
-                    raise ValueError(f"{entry.filename!r} unpacks to over 200 MB")
                 if not entry.filename.isascii() and not entry.flag_bits & 0x800:  # UTF-8
                     raise ValueError("has names in an unknown code page")
                 entry.filename = entry.filename.replace("\\", "/")  # as some programs on Windows write it
                 file.extract(entry, folder)  # drops ".." and what else leads out of the folder
+        return folder
     except Exception as error:  # no zip, damaged in one of a dozen ways, encrypted; a full disk
         raise UserError(f"{archive}: {common.brief(error)}: unpack it, or {FORMS}") from None
 
 
-def listed(names):
-    """Return the first five of some names, and how many more there are, as text."""
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:5]) + f" and {len(names) - 5:,} more" * (len(names) > 5)
+def find_kinds(folders):
+    """Return {folder: kind} of folders that lie side by side, by their names; the kind of a class is None."""
+    words = {folder: {*re.findall(r"[^\W\d_]+", folder.name.lower())} for folder in sorted(folders)}
+    # In seg_train, seg_test and seg_pred, seg tells nothing; in test_tube beside bottle, tube does.
+    silent = set.intersection(*words.values()) if words else set()
+    kinds = dict.fromkeys(words)
+    for folder in words:
+        if words[folder] <= silent | WORDS.keys():
+            kinds[folder] = next((WORDS[word] for word in WORDS if word in words[folder]), None)
+    return kinds
 
 
-def described(skipped):
-    """Return what was skipped as text."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count) or "nothing"
+def inside(folder, folders):
+    """Return the folders in a folder; in its only one, if it has just one."""
+    while len(folders[folder]) == 1:
+        (folder,) = folders[folder]
+    return folders[folder]
 
 
-def parse_name(name):
-    """Return what a folder's name tells of, one of KINDS or None, and its words that tell nothing."""
-    words = re.findall(r"[^\W\d_]+", name.lower())
-    known = {word: match.lastgroup for word in words if (match := re.fullmatch(KINDS, word))}
-    # In this order: val, train, test, other, holder.
-    return max(known.values(), default=None), [word for word in words if word not in known]
+def find_classes(folder, folders, split="train"):
+    """Return {folder: (split, class)} of what is in a folder, by the rules above.
 
-
-def find_classes(paths, source, wanted):
-    """Return {path: (split, label)} by the rules above; a path is a tuple of the names of folders, and has images.
-
-    `wanted`: a set, --classes. Raises UserError where the folders can be read in two ways."""
-    children = defaultdict(dict)
-    for path in paths:
-        for i, name in enumerate(path):
-            children[path[:i]][name] = parse_name(name)
-
-    def find_kind(path):
-        """Return the kind of the last folder of a path, None for a class."""
-        names = children[path[:-1]]
-        kind, rest = names[path[-1]]
-        kinds, rests = zip(*names.values())
-        # In seg_train, seg_test and seg_pred, seg tells nothing.
-        is_class = rest and any(other != rest for other in rests)
-        # A class may be called train, beside others, if there is no other split.
-        is_class = is_class or kind == "train" and {*kinds} == {"train", None} and path not in children
-        return None if is_class or wanted and names.keys() >= wanted else kind
-
-    kinds = {path: [find_kind(path[: i + 1]) for i in range(len(path))] for path in paths}
-    names = {path: [name for name, kind in zip(path, kinds[path]) if not kind] for path in paths}
-    top = len(os.path.commonprefix([*filter(None, names.values())]))  # folders on the way
-    classes = {path: names[path][top] for path in paths if names[path][top:]}
-    splits = {path: [None, *filter(SPLITS.__contains__, kinds[path])][-1] for path in classes}
-    single = len({*splits.values()}) == 1  # which is no split
-    labels = {*classes.values()}
-    odd = ["/".join(path) for path in classes if "other" in kinds[path]]
-    last = [name for _, name in {(classes[path], names[path][-1]) for path in classes}]
-    is_doubtful = (
-        len(last) - len({*last}) > 1  # classes of one name, in several folders
-        or len({parse_name(label)[0] for label in labels}.intersection(SPLITS)) > 1
-        or {*splits.values()} == {"train", None}
-    )
-    if odd or is_doubtful and not (wanted and labels >= wanted):
-        places = listed("/".join(path[:-1]) or "." for path in classes)
+    `folders`: {folder: those in it that have images, at any depth}. Raises UserError where they can be read in two
+    ways."""
+    kinds = find_kinds(inside(folder, folders))
+    found, classes, names, is_doubtful = {}, [], [], False
+    for child, kind in kinds.items():
+        below = kind and find_classes(child, folders, kind if kind in SPLITS else split)
+        if below:
+            found |= below
+            is_doubtful |= kind == "masks"
+        elif not kind or {*kinds.values()} == {"train", None}:  # a class may be called train, beside others
+            classes.append(child)
+    splits = {name for name, _ in found.values()}
+    if splits > {"train"}:  # then images beside train/ and test/ are in no split
+        classes = [child for child in classes if inside(child, folders)]
+    for child in classes:
+        parts = find_kinds(folders[child])
+        if parts and {*parts.values()} <= {*SPLITS}:  # cat/train, cat/test
+            found |= {part: (kind, child.name) for part, kind in parts.items()}
+        else:
+            is_doubtful |= "masks" in parts.values()
+            found[child] = split, child.name
+            names += [child.name, *(part.name for part in inside(child, folders))]
+    # Alone, each of a name's words tells: cats_train and cats_test beside dogs_train and dogs_test.
+    told = {find_kinds([child])[child] for child in classes}.intersection(SPLITS)
+    has_copies = len(names) > len({*names}) + 1  # one may be by chance: healthy, of two plants
+    if is_doubtful or has_copies or len(told) > 1 or classes and "train" in splits:
         raise UserError(
-            f"{source}: is each of these a class: {listed(odd or sorted(labels))} (in {places})? {REMEDY}"
+            f"{[*kinds][0].parent}: are {', '.join([child.name for child in kinds][:5])} the classes or those in them? "
+            "Give a folder that has one folder for each class, and no others, as --source"
         )
-    if "train" in splits.values():  # then the rest of the images is in no split
-        classes = {path: label for path, label in classes.items() if splits[path]}
-    return {path: ("train" if single else splits[path] or "train", label) for path, label in classes.items()}
+    return found
 
 
-def read_folder(root, source, skipped, wanted):
+def read_folder(root, source, skipped):
     """Return the Items of a folder; count in `skipped` what else is there."""
     images, others = common.image_files(root)
-    kinds = Counter(file.suffix.lower()[:9] or "without a suffix" for file in others)
-    skipped[f"not read by Pillow ({listed(f'{count:,} {kind}' for kind, count in kinds.most_common())})"] = (
-        len(others)
-    )
-    paths = {file: file.parent.relative_to(root).parts for file in images}
-    found = find_classes(dict.fromkeys(paths.values()), source, wanted)
-    outside = ["/".join(path) or "." for path in paths.values() if path not in found]
-    skipped[f"images outside of the class folders (in {listed(outside)})"] = len(outside)
-    return [Item(*found[path], file.name, file) for file, path in paths.items() if path in found]
-
-
-def read_dataset(name, root):
-    """Return the Items of a data set of torchvision, downloaded to `root` where it is not there."""
-    from torchvision import datasets  # here, as it takes a second
-
-    if name not in DATASETS.split() or not hasattr(datasets, name):
-        raise UserError(f"{name}: no such file, folder or one of {', '.join(DATASETS.split())}: {FORMS}")
-    dataset_class = getattr(datasets, name)
-    parameters = inspect.signature(dataset_class).parameters
-    choices = [("train", {})]  # the default of them all
-    if "train" in parameters:
-        choices.append(("test", {"train": False}))
-    elif "split" in parameters:
-        choices += [(split.removesuffix("id"), {"split": split}) for split in ("val", "valid", "test")]
-    socket.setdefaulttimeout(10)  # seconds; without a network torchvision would wait for minutes
-    items = []
-    for split, choice in choices:
-        try:
-            dataset = dataset_class(root=root, download=True, **choice)
-            # Those that keep their images as files have a list of (path, label), or two lists.
-            images = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
-            if files := getattr(dataset, "_images", None) or getattr(dataset, "_image_files", None):
-                images = list(zip(files, dataset._labels))
-            classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-            for i in range(len(dataset)):
-                file, label = images[i] if images else ((dataset, i), dataset[i][1])
-                file_name = Path(file).name if images else f"{i:05d}.png"
-                label = classes[label] if classes else str(int(label))
-                label = label if isinstance(label, str) else label[0]  # of several names of a class
-                label = re.sub(r"[^\w-]+", "_", label).strip("_")  # a folder's name on any system
-                items.append(Item(split, label, file_name, file))
-        except Exception as error:  # of the network, of the disk, of a dozen file formats
-            if "argument split" in str(error):
-                continue  # it has no such split
-            reason = f"{name}: {common.brief(error)}"
-            raise UserError(f"{reason}: try later, or put its files into {root}") from None
+    skipped[f"not read by Pillow ({common.list_counts(common.count_suffixes(others))})"] = len(others)
+    paths = [source / file.relative_to(root) for file in images]
+    folders = defaultdict(set)
+    for folder in paths:
+        while (folder := folder.parent) != source:
+            folders[folder.parent].add(folder)
+    found = find_classes(source, folders)
+    items, outside = [], Counter()
+    for path, file in zip(paths, images):
+        if folder := next(filter(found.get, path.parents), None):
+            items.append(Item(*found[folder], path, file))
+        else:
+            outside[path.parent] += 1
+    skipped[f"in no folder of a class ({common.list_counts(outside)})"] = outside.total()
     return items
 
 
-def open_image(file):
-    """Return what `common.decode` takes: a path or, of a data set without files, a PIL image."""
-    return file[0][file[1]][0] if isinstance(file, tuple) else file
+def read_dataset(name):
+    """Return the Items of a data set of torchvision, downloaded to downloads/ where it is not there."""
+    from torchvision import datasets  # here, as it takes a second
+
+    if name not in DATASETS.split():
+        raise UserError(f"{name}: no such file, folder or one of {', '.join(DATASETS.split())}: {FORMS}")
+    socket.setdefaulttimeout(10)  # seconds; without a network torchvision would wait for minutes
+    items = []
+    for split, choice in CHOICES:
+        try:
+            dataset = getattr(datasets, name)(root="downloads", download=True, **choice)
+            # Those that keep their images as files have a list of (path, label), or two lists.
+            held = vars(dataset)
+            pairs = zip(held.get("_images") or held.get("_image_files", ()), held.get("_labels", ()))
+            images = held.get("samples") or held.get("_samples") or list(pairs) or dataset
+            classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+            for i, (file, label) in enumerate(images):
+                label = classes[label] if classes else int(label)
+                label = label[0] if isinstance(label, tuple) else str(label)  # of several names of a class
+                label = re.sub(r"[^\w-]+", "_", label).strip("_")  # a folder's name on any system
+                file = getattr(file, "filename", file)  # of Caltech's images, which are opened files
+                is_file = isinstance(file, str | Path)  # else it is an image
+                path = Path(file if is_file else f"{name}/{split}/{label}/{i:05d}.png")
+                items.append(Item(split, label, path, file))
+        except Exception as error:  # of the network, of the disk, of a dozen file formats
+            if re.search("argument '?(split|train)", str(error)):
+                continue  # it has no such split
+            reason = common.brief(error)
+            raise UserError(f"{name}: {reason}: try later, or put its files into downloads/") from None
+    return items
 
 
-def set_keys(items, seed):
-    """Decode all images for their keys; return an error message for each that cannot be used."""
+def leave_out_bad(items, args, skipped):
+    """Return the items without damaged images and those in several classes; UserError for these without --skip-bad."""
+
+    bad = {}  # key: why such images cannot be used
 
     def read(item):
         try:
-            image = common.decode(open_image(item.file))
+            image = common.decode(item.file)
+            digest = hashlib.sha256(b"%d " % args.seed + image.tobytes()).digest()
+            item.key = digest, image.mode, image.size
         except ValueError as error:
-            return f"{item}: {error}"
-        digest = hashlib.sha256(b"%d " % seed + image.tobytes()).digest()
-        item.key = (digest, image.mode, image.size)
+            item.key = item.path
+            bad[item.key] = f"{item.path}: {error}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread holds one image
-        results = tqdm(pool.map(read, items), "reading", len(items), leave=False, disable=None)
-        return list(filter(None, results))
-
-
-def find_conflicts(items):
-    """Take the keys from images that stand in several classes; return an error message for each such image."""
-    equal = defaultdict(list)
+        list(tqdm(pool.map(read, items), "reading", len(items), leave=False, disable=None))
+    first = {}
     for item in items:
-        equal[item.key].append(item)
-    errors = []
-    for key, group in equal.items():
-        classes = {item.label: item for item in group}
-        if key and len(classes) > 1:
-            errors.append(" and ".join(map(str, classes.values())) + ": one image in several classes")
-            for item in group:
-                item.key = ()
-    return errors
+        other = first.setdefault(item.key, item)
+        if other.label != item.label:
+            bad[item.key] = f"{other.path} and {item.path}: one image in several classes"
+    if bad and not args.skip_bad:
+        errors = "; ".join(sorted(bad.values())[:5])
+        raise UserError(f"{errors}: {len(bad)} in all: replace them or use --skip-bad")
+    good = [item for item in items if item.key not in bad]
+    skipped["damaged, refused or in several classes"] = len(items) - len(good)
+    return good
 
 
 def draw(items, labels, args, skipped):
     """Return the files to write, {"train/Bag/00035.png": item}, and the table, a row a class.
 
     Raises UserError for a class with too few images."""
-    groups = defaultdict(list)
-    seen = {}
+    groups, seen = defaultdict(list), {}
     for item in sorted(items, key=lambda item: (SPLITS.index(item.split), item.key)):
         first = seen.setdefault(item.key, item)
         # Test images stay as they are, also where the source has one of them twice.
@@ -257,8 +237,7 @@ def draw(items, labels, args, skipped):
         else:
             skipped["duplicates"] += 1
     splits = {item.split for item in items}
-    files = {}
-    rows = []
+    files, rows = {}, []
     for label in labels:
         test, val, train = (groups[split, label] for split in SPLITS)
         if "test" not in splits:
@@ -275,110 +254,75 @@ def draw(items, labels, args, skipped):
             drawn["test"] = test
         rows.append({"class": label} | {split: len(group) for split, group in drawn.items()})
         if not all(drawn.values()):
-            remedy = "change --per-class or the fractions, or leave the class out by --classes"
-            raise UserError(f"too few images, as each split needs one: {rows[-1]}: {remedy}")
+            raise UserError(
+                f"{rows[-1]}: too few images for a split: change --per-class, a fraction or --classes"
+            )
         for split, group in drawn.items():
             for item in group:
-                name = item.name
+                name = item.path.name
                 while f"{split}/{label}/{name}" in files:  # from another sub-folder of the class
                     name = f"_{name}"
                 files[f"{split}/{label}/{name}"] = item
     return files, rows
 
 
-def write(out, files, seed):
-    """Make the folder `out` as a whole. Raises UserError if there is one that holds others."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.tmp-"
+def write(out, new, files):
+    """Make the folder `new` and rename it `out`. Raises UserError if there is one that holds others."""
+    for name, item in files.items():
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        if hasattr(item.file, "save"):
+            common.decode(item.file).save(new / name)
+        else:
+            shutil.copyfile(item.file, new / name)
     try:
         if out.exists():
             out.rmdir()  # an empty one
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as temporary:
-            new = Path(temporary, "new")
-            for name, item in files.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(item.file, tuple):
-                    common.decode(open_image(item.file)).save(new / name)
-                else:
-                    shutil.copyfile(item.file, new / name)
-            new.rename(out)
+        new.rename(out)
     except OSError:
         if not out.is_dir():
             raise
-        # It was there, or another process has just made it and removed our files as below.
-        old = [Item("", "", "", file) for file in common.image_files(out)[0]]
-        set_keys(old, seed)
-        keys = {item.file.relative_to(out).as_posix(): item.key for item in old}
-        if keys != {name: item.key for name, item in files.items()}:
+        # It was there, or another process has just made it.
+        same, _, _ = filecmp.cmpfiles(new, out, files, shallow=False)
+        if not len(same) == len(files) == len(common.image_files(out)[0]):
             raise UserError(f"{out}: holds others: move it away or choose another --out") from None
         print(f"{out}: holds these images already")
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def prepare(args, temporary):
-    """Read the source, draw the images, write them and print a table."""
-    source, out = Path(args.source), Path(args.out).resolve()
-    skipped = Counter()
-    if source.is_dir():
-        if out.is_relative_to(source.resolve()):
-            raise UserError(
-                f"{out}: is inside of --source, so it would be taken for images: choose another --out"
-            )
-        items = read_folder(source, source, skipped, args.classes)
-    elif source.exists():
-        unpack(source, temporary)
-        items = read_folder(temporary, source, skipped, args.classes)
-    else:
-        items = read_dataset(args.source, args.root)
-    classes = {item.label for item in items}
-    if len(classes) < 2:
-        raise UserError(
-            f"{source}: no images in folders of several classes; skipped: {described(skipped)}: {FORMS}"
-        )
-    labels = sorted(args.classes or classes)
-    if unknown := args.classes - classes:
-        raise UserError(
-            f"{source}: has no classes {listed(sorted(unknown))}, but {listed(sorted(classes))}: use --classes"
-        )
-    items = [item for item in items if item.label in labels]
-    errors = set_keys(items, args.seed) + find_conflicts(items)
-    skipped["damaged, refused or in several classes"] = sum(not item.key for item in items)
-    if errors and not args.skip_bad:
-        text = "; ".join(errors[:5]).replace(str(temporary), str(source))
-        raise UserError(f"{text}: {len(errors)} in all: replace them or use --skip-bad")
-    files, rows = draw([item for item in items if item.key], labels, args, skipped)
-    write(out, files, args.seed)
-    print(pandas.DataFrame(rows).to_string(index=False))
-    print(f"skipped: {described(skipped)}")
 
 
 def main():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    share, count = number(float, 0, 1), number(int, 1)
-    add("--source", default=str(ARCHIVE), help="default: archive.zip")
-    add("--root", default="downloads", help="folder of torchvision's data sets (default: downloads)")
-    add("--classes", nargs="+", default=(), help="named as in the table (default: all of them)")
-    add(
-        "--per-class",
-        type=lambda n: math.inf if n == "all" else count(n),
-        default=1000,
-        help="of train and val together, or all (1000); a source's own test/ stays whole",
-    )
+    share = number(float, 0, 1)
+    limit = "of train and val together, or all (1000); a source's own test/ stays whole"
+    add("--source", default=common.HERE / "archive.zip", help="default: archive.zip")
+    add("--classes", nargs="+", help="named as in the table (default: all of them)")
+    add("--per-class", type=lambda n: 10**9 if n == "all" else number(int, 1)(n), default=1000, help=limit)
     add("--val-fraction", type=share, default=0.2, help="for val, without val/ (default: 0.2)")
     add("--test-fraction", type=share, default=0.2, help="for test, without test/ (default: 0.2)")
     add("--seed", type=number(int, 0), default=0, help="which images are drawn (default: 0)")
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out damaged, 16-bit and float images, and those in two classes",
-    )
+    add("--skip-bad", action="store_true", help="leave out damaged or 16-bit images and those in two classes")
     add("--out", default=common.DATA_DIR, help="folder to make (default: data)")
     args = parser.parse_args()
-    args.classes = set(args.classes)
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(args, Path(temporary))
+    source, out, skipped = Path(args.source), Path(args.out).resolve(), Counter()
+    if out.is_relative_to(source.resolve()):
+        raise UserError(f"{out}: is inside of --source and would be read as images: choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside --out, so that all images can be moved there at once.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        if source.exists():
+            folder = source if source.is_dir() else unpack(source, Path(temporary, "source"))
+            items = read_folder(folder, source, skipped)
+        else:
+            items = read_dataset(args.source)
+        classes = {item.label for item in items}
+        labels = sorted(set(args.classes or classes))
+        if len(classes) < 2 or not classes.issuperset(labels):
+            has = f"{', '.join(sorted(classes)[:20]) or 'none'}, no {', '.join({*labels} - classes) or 'others'}"
+            raise UserError(f"{source}: classes: {has} (skipped: {common.list_counts(skipped)}): {FORMS}")
+        items = leave_out_bad([item for item in items if item.label in labels], args, skipped)
+        files, rows = draw(items, labels, args, skipped)
+        write(out, Path(temporary, "new"), files)
+    print(pandas.DataFrame(rows).to_string(index=False))
+    print(f"skipped: {common.list_counts(skipped)}")
 
 
 if __name__ == "__main__":

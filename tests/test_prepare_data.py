@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import random
 import socket
 import struct
 import sys
@@ -22,6 +21,7 @@ import pytest
 from conftest import ROOT, assert_user_error
 from PIL import Image
 from safetensors import safe_open
+from scipy.io import savemat
 from torchvision import datasets
 
 import common
@@ -52,17 +52,18 @@ def images(count, *folders, start=0):
 
 
 CAT_DOG = images(10, "cat", "dog")
+SIX_TWO_TWO = (("train", 6), ("val", 2), ("test", 2))
 
 
 def write(path, files):
     """Make a folder, or a zip, of {name: bytes}."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in files.items():
+    for name, data in files.items():
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr(name, data)
-    for name, data in files.items() if path.suffix != ".zip" else ():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
+        else:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
     return path
 
 
@@ -91,9 +92,8 @@ def prepare(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--out", str(out), *map(str, options)])
         with pytest.raises(SystemExit) as end:
             common.cli(prepare_data.main)
-        output = capsys.readouterr()
-        code, data = end.value.code, contents(out)
-        return SimpleNamespace(returncode=code, stdout=output.out, stderr=output.err, data=data)
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=stdout, stderr=stderr, data=contents(out))
 
     yield run
     socket.setdefaulttimeout(None)
@@ -118,8 +118,8 @@ def test_official_files_give_the_default_images(prepare, tmp_path, default_data)
     files = {path.stem: gzip.decompress(path.read_bytes()) for path in OFFICIAL.glob("*.gz")}
     write(tmp_path / "downloads/FashionMNIST/raw", files)
     classes = ("Sandal", "T-shirt_top")
-    expected = contents(default_data / "data").items()
-    expected = {name: data for name, data in expected if name.split("/")[1] in classes}
+    whole = contents(default_data / "data")
+    expected = {name: whole[name] for name in whole if name.split("/")[1] in classes}
     data = prepare("--source", "FashionMNIST", "--classes", *classes).data
     assert data.keys() == expected.keys() and len(data) == 4000
     assert all(np.array_equal(pixels(data[name]), pixels(expected[name])) for name in data)
@@ -127,9 +127,6 @@ def test_official_files_give_the_default_images(prepare, tmp_path, default_data)
 
 def array_files(name, part, arrays):
     """The files of a data set's part, train or test: arrays [N, H, W, 3], labels 0, 1, 0, 1..."""
-    import torchvision
-    from scipy.io import savemat
-
     labels = np.arange(len(arrays), dtype=np.uint8) % 2
     if name == "SVHN":
         savemat(file := io.BytesIO(), {"X": arrays.transpose(1, 2, 3, 0), "y": 10 - 9 * labels})
@@ -142,7 +139,7 @@ def array_files(name, part, arrays):
         data = struct.pack(">4I", 2051, *arrays.shape[:3]) + arrays[..., 0].tobytes()
         label_data = struct.pack(">2I", 2049, len(labels)) + labels.tobytes()
         return {f"{prefix}-images-idx3-ubyte": data, f"{prefix}-labels-idx1-ubyte": label_data}
-    dataset = getattr(torchvision.datasets, name)
+    dataset = getattr(datasets, name)
     batches = [name for name, _ in (dataset.train_list if part == "train" else dataset.test_list)]
     key = "labels" if name == "CIFAR10" else "fine_labels"
     files = {dataset.meta["filename"]: {dataset.meta["key"]: ["great white", "shark/ray"]}}
@@ -153,24 +150,23 @@ def array_files(name, part, arrays):
 
 
 @pytest.fixture
-def no_checksums(monkeypatch):
-    """Our small files do not have the checksums of the real ones."""
-    from torchvision.datasets import cifar, flowers102, stl10, svhn, utils
-
-    for module in (cifar, flowers102, svhn, utils):
+def offline(monkeypatch):
+    """Nothing is downloaded, and our small files do not have the checksums of the real ones."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: 1 / 0)
+    for module in (datasets.cifar, datasets.flowers102, datasets.svhn, datasets.utils):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.exists(path))
-    monkeypatch.setattr(stl10, "check_integrity", lambda path, md5=None: True)
+    monkeypatch.setattr(datasets.stl10, "check_integrity", lambda path, md5=None: True)
 
 
 @pytest.mark.parametrize("name", ["MNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10"])
-def test_data_sets_of_arrays(prepare, tmp_path, no_checksums, name):
+def test_data_sets_of_arrays(prepare, tmp_path, offline, name):
+    assert_user_error(prepare("--source", name), name, "downloads")
     side = {"STL10": 96, "CIFAR10": 32, "CIFAR100": 32}.get(name, 6)
     arrays = {"train": noise(1, 20, side, side, 3), "test": noise(2, 10, side, side, 3)}
     for part in arrays:
-        write(tmp_path / "root", array_files(name, part, arrays[part]))
-    data = prepare("--source", name, "--root", "root").data
-    classes = {"MNIST": ["0_-_zero", "1_-_one"], "KMNIST": ["o", "ki"]}
-    classes |= {"SVHN": ["0", "1"], "STL10": ["0", "1"]}
+        write(tmp_path / "downloads", array_files(name, part, arrays[part]))
+    data = prepare("--source", name).data
+    classes = {"MNIST": ["0_-_zero", "1_-_one"], "KMNIST": ["o", "ki"], "SVHN": "01", "STL10": "01"}
     for file, content in data.items():
         split, label, index = file.removesuffix(".png").split("/")
         expected = arrays["test" if split == "test" else "train"][int(index)]
@@ -181,8 +177,6 @@ def test_data_sets_of_arrays(prepare, tmp_path, no_checksums, name):
 
 def photo_files(name):
     """The files of OxfordIIITPet, Flowers102 and EuroSAT with 12 images in each of two classes."""
-    from scipy.io import savemat
-
     ids = np.arange(24)
     if name == "EuroSAT":
         return images(12, "eurosat/2750/Forest", "eurosat/2750/River")
@@ -207,31 +201,23 @@ PHOTOS += [("Flowers102", [name.replace(" ", "_") for name in FLOWERS[:2]], (7, 
 
 
 @pytest.mark.parametrize("name, classes, sizes", PHOTOS)
-def test_data_sets_of_files(prepare, tmp_path, no_checksums, name, classes, sizes):
+def test_data_sets_of_files(prepare, tmp_path, offline, name, classes, sizes):
+    assert_user_error(prepare("--source", name), name, "division by zero", "downloads")
     files = photo_files(name)
-    write(tmp_path / "root", files)
-    data = prepare("--source", name, "--root", "root").data
-    splits = zip(("train", "val", "test"), sizes)
-    assert counts(data) == {f"{split}/{c}": size for split, size in splits for c in classes}
+    write(tmp_path / "downloads", files)
+    data = prepare("--source", name).data
+    sizes = zip(("train", "val", "test"), sizes)
+    assert counts(data) == {f"{split}/{c}": size for split, size in sizes for c in classes}
     copied = {(Path(file).name, content) for file, content in files.items()}
     assert all((Path(file).name, content) in copied for file, content in data.items())
-
-
-@pytest.mark.parametrize("name", ["MNIST", "CIFAR10", "OxfordIIITPet"])
-def test_a_failed_download_is_one_line(prepare, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: 1 / 0)
-    result = prepare("--source", name)
-    assert_user_error(result, name, "division by zero", "downloads")
-    assert not result.data
 
 
 @pytest.mark.parametrize("prefix", ["", "My pets/", "Training/", "a/README/TRAIN/"])
 def test_a_zip_and_a_folder_of_any_layout_give_the_same_splits(prepare, tmp_path, prefix):
     files = {f"{prefix}{name.replace('cat', 'cat/x/y')}": data for name, data in CAT_DOG.items()}
     files |= {"__MACOSX/cat/._0.png": b"", ".git/1.png": saved(99), "cat/.hidden.png": b""}
-    from_folder = prepare("--source", write(tmp_path / "s", files | {"LICENSE": b""})).data
     from_zip = prepare("--source", write(tmp_path / "s.zip", files | {"LICENSE": b""})).data
-    assert from_folder == from_zip
+    assert from_zip == prepare("--source", write(tmp_path / "s", files | {"LICENSE": b""})).data
     assert {name.split("/", 1)[1]: data for name, data in from_zip.items()} == CAT_DOG
     assert Counter(counts(from_zip).values()) == {6: 2, 2: 4}
     # Which images are drawn is up to their pixels and the seed, not to their names.
@@ -244,8 +230,10 @@ def test_a_zip_and_a_folder_of_any_layout_give_the_same_splits(prepare, tmp_path
 
 SHARES = [("", "", (64, 16, 20), 0), ("", "--per-class 30 --test-fraction 0.1", (24, 6, 10), 120)]
 SHARES += [("", "--per-class all --val-fraction 0.5 --test-fraction 0", (50, 50), 0)]
-SHARES += [("train Valid testing", "", (100, 100, 100), 0)]
-SHARES += [("train Valid testing", "--per-class 30", (15, 15, 100), 340)]
+SHARES += [
+    ("train Val testing", "", (100,) * 3, 0),
+    ("train Val testing", "--per-class 30", (15, 15, 100), 340),
+]
 SHARES += [("Training test", "--per-class 50", (40, 10, 100), 100)]
 
 
@@ -254,9 +242,8 @@ def test_shares(prepare, tmp_path, splits, options, sizes, over):
     folders = [f"{split}/{c}" for split in splits.split() or ["."] for c in ("cat", "dog")]
     source = write(tmp_path / "s", images(100, *folders))
     result = prepare("--source", source, *options.split())
-    data = result.data
-    splits = dict(zip(("train", "val", "test"), sizes))
-    assert counts(data) == {f"{split}/{c}": n for split, n in splits.items() for c in ("cat", "dog")}
+    splits = zip(("train", "val", "test"), sizes)
+    assert counts(result.data) == {f"{split}/{c}": n for split, n in splits for c in ("cat", "dog")}
     assert result.stdout.splitlines()[1].split() == ["cat", *map(str, sizes)]
     assert f"{over} over" in result.stdout or not over
 
@@ -268,13 +255,12 @@ def test_equal_images_stand_in_one_split_only(prepare, tmp_path):
     files["val/dog/in test.png"] = files["test/dog/0.png"]
     files["test/dog/twice in test.png"] = files["test/dog/1.png"]
     result = prepare("--source", write(tmp_path / "s", files))
-    data = result.data
     where = {}
-    for name, content in data.items():
+    for name, content in result.data.items():
         where.setdefault(pixels(content).tobytes(), []).append(name.split("/")[0])
     assert where[noise(31).tobytes()] == ["test", "test"] and where[noise(30).tobytes()] == ["test"]
     assert where[noise(12).tobytes()] == ["val"] and len(where[noise(0).tobytes()]) == 1
-    assert len(where) == 36 and len(data) == 37 and "3 duplicates" in result.stdout
+    assert len(where) == 36 and len(result.data) == 37 and "3 duplicates" in result.stdout
 
 
 def test_an_image_in_two_classes_is_named_and_left_out_of_both(prepare, tmp_path):
@@ -282,73 +268,53 @@ def test_an_image_in_two_classes_is_named_and_left_out_of_both(prepare, tmp_path
     same = {"train/cat/a.png": grey, "train/cat/twice.png": grey, "test/dog/b.png": np.dstack([grey] * 3)}
     files = images(10, "train/cat", "train/dog", "test/cat", "test/dog")
     source = write(tmp_path / "s", files | {name: saved(image) for name, image in same.items()})
-    assert_user_error(
-        prepare("--source", source), "cat/", "test/dog/b.png", "in several classes", "--skip-bad"
-    )
+    result = prepare("--source", source)
+    assert_user_error(result, "cat/", "test/dog/b.png", "in several classes", "--skip-bad")
     result = prepare("--source", source, "--skip-bad")
     assert set(result.data.values()) == set(files.values()) and "3 damaged" in result.stdout
 
 
-# Folders, options, images a class in train, val and test, classes.
+# Folders; images a class in train, val and test; classes. A folder that ends in a colon has images itself.
+NEW, TEST = (3, 1, 1), (4, 1, 5)  # the source has no splits, or a test/
 LAYOUTS = [
-    ("training_set/training_set test_set/test_set", "", (4, 1, 5), "cat dog"),
-    ("a/seg_train/seg_train a/seg_test/seg_test a/seg_pred:", "", (4, 1, 5), "cat dog"),
-    ("x/dataset/Training_Images x/dataset/Validation x/dataset/test:", "", (4, 5, 1), "class_1 class_2"),
-    ("train/train test1/test1:", "", (3, 1, 1), "c0 c1 c2"),
-    ("train test", "", (4, 1, 5), "train car plane"),
-    ("Train Test: Meta:", "", (3, 1, 1), "00001 00002"),
-    (". test:", "", (3, 1, 1), "cat dog"),
-    (". test:", "--classes cat dog test", (3, 1, 1), "cat dog test"),
-    (". test", "", (4, 1, 5), "cat dog"),
-    (".", "", (3, 1, 1), "train car plane"),
-    (".", "", (3, 1, 1), "mask no_mask test_tube"),
-    (".", "", (3, 1, 1), "кошка 猫 test_猫"),
-    (".", "", (3, 1, 1), "train_station bus_station airport"),
-    (". cell_images", "--classes cat dog", (3, 1, 1), "cat dog"),
-    ("cat/train: cat/test: dog/train: dog/test:", "", (4, 1, 5), "cat dog"),
-    ("cat/images: dog/images:", "", (3, 1, 1), "cat dog"),
+    (".", NEW, "train car plane"),
+    (".", NEW, "mask no_mask test_tube"),
+    (".", NEW, "кошка 猫 test_猫"),
 ]
+LAYOUTS += [(".", NEW, "train_station bus_station airport"), ("train test", TEST, "train car plane")]
+LAYOUTS += [("training_set/training_set test_set/test_set", TEST, "cat dog"), (". test", TEST, "cat dog")]
+LAYOUTS += [("a/seg_train/seg_train a/seg_test/seg_test a/seg_pred:", TEST, "cat dog")]
+LAYOUTS += [("x/data/Training_Images x/data/Validation x/data/test:", (4, 5, 1), "class_1 class_2")]
+LAYOUTS += [("train/train test1/test1:", NEW, "c0 c1 c2"), ("Train Test: Meta:", NEW, "00001 00002")]
+LAYOUTS += [("Training Test test-multiple_fruits: papers:", TEST, "Pear Fig"), (". test:", NEW, "cat dog")]
+LAYOUTS += [("cat/train: cat/test: dog/train: dog/test:", TEST, "cat dog")]
+LAYOUTS += [("cat/images: dog/images:", NEW, "cat dog")]
 
 
-@pytest.mark.parametrize("folders, options, sizes, classes", LAYOUTS)
-def test_classes_and_splits_are_found(prepare, tmp_path, folders, options, sizes, classes):
-    """A folder that ends in a colon has images, the others have a folder of each class."""
+@pytest.mark.parametrize("folders, sizes, classes", LAYOUTS)
+def test_classes_and_splits_are_found(prepare, tmp_path, folders, sizes, classes):
     nested = [f"{folder}/{c}" for folder in folders.split() if folder[-1] != ":" for c in classes.split()]
     flat = [folder[:-1] for folder in folders.split() if folder[-1] == ":"]
     source = write(tmp_path / "s", images(5, *nested, *flat))
-    result = prepare("--source", source, *options.split())
-    expected = zip(("train", "val", "test"), sizes)
-    assert counts(result.data) == {f"{split}/{c}": n for split, n in expected for c in classes.split()}, (
-        result
-    )
-    left = [folder for folder in flat if not folder.startswith(("cat/", "dog/"))]
-    assert options or all(folder in result.stdout for folder in left)
+    result = prepare("--source", source)
+    sizes = zip(("train", "val", "test"), sizes)
+    assert counts(result.data) == {f"{split}/{c}": n for split, n in sizes for c in classes.split()}, result
+    assert all(folder in result.stdout for folder in flat if folder[:4] not in ("cat/", "dog/"))
 
 
-UNCLEAR = {
-    "train_images test_images": "test_images",
-    "images_001 images_002": "images_001",
-    "HAM_images_part_1 HAM_images_part_2": "part_1",
-    "images annotations/trimaps": "annotations/trimaps",
-    "train/images valid/images": "train/images",
-    "VOC/JPEGImages VOC/SegmentationClass": "SegmentationClass",
-    "trainA trainB testA testB": "testA",
-    "cats_train cats_test dogs_train dogs_test": "cats_test",
-    "cat dog all/cat all/dog": "all",
-    "top/color/cat top/color/dog top/grey/cat top/grey/dog": "top/color, top/grey",
-    "train/cat train/dog dev/cat dev/dog": "dev",
-    "train/cat train/dog more": "more",
-    "cat/images cat/masks dog/images dog/masks": "cat/masks",
-    "cat dog/test": "few",
-}
+# The error names the last of the folders.
+UNCLEAR = """train_images test_images, images_001 images_002, trainA trainB testA testB
+images annotations/trimaps, train/images valid/images, VOC/JPEGImages VOC/SegmentationClass, dog cat/images cat/masks
+cats_train cats_test dogs_train dogs_test, cat dog all/cat all/dog, train/cat train/dog dev/cat dev/dog, dog/test cat
+top/color/cat top/color/dog top/grey/cat top/grey/dog, train/cat train/dog more, train/images test/cat test/dog
+cat/images cat/masks dog/images dog/masks, train/Coat train/Bag test/coat test/Bag, images/a images/b masks/c masks/d
+HAM_images_part_1 HAM_images_part_2, train_images/cat train_images/dog train_masks/cat train_masks/dog"""
 
 
-@pytest.mark.parametrize("folders", UNCLEAR)
+@pytest.mark.parametrize("folders", UNCLEAR.replace("\n", ", ").split(", "))
 def test_folders_that_may_be_no_classes_are_refused(prepare, tmp_path, folders):
     source = write(tmp_path / "s", images(5, *folders.split()) | {"train.csv": b""})
-    result = prepare("--source", source)
-    assert_user_error(result, UNCLEAR[folders])
-    assert not result.data
+    assert_user_error(prepare("--source", source), folders.split()[-1].split("/")[0])
 
 
 def test_links_are_followed_once_and_unreadable_folders_are_errors(prepare, tmp_path, monkeypatch):
@@ -357,8 +323,8 @@ def test_links_are_followed_once_and_unreadable_folders_are_errors(prepare, tmp_
     (source / "bird").symlink_to(tmp_path / "elsewhere/bird")
     (source / "cat/parent").symlink_to(source)
     (source / "dog/above").symlink_to(tmp_path.parent)
-    data = prepare("--source", source).data
-    assert counts(data) == {f"{split}/{c}": n for split, n in SIX_TWO_TWO for c in ("bird", "cat", "dog")}
+    expected = {f"{split}/{c}": n for split, n in SIX_TWO_TWO for c in ("bird", "cat", "dog")}
+    assert counts(prepare("--source", source).data) == expected
     scandir = os.scandir
 
     def refuse(path):
@@ -370,9 +336,6 @@ def test_links_are_followed_once_and_unreadable_folders_are_errors(prepare, tmp_
     assert_user_error(prepare("--source", source), "s/dog: Permission denied")
 
 
-SIX_TWO_TWO = (("train", 6), ("val", 2), ("test", 2))
-
-
 @pytest.mark.parametrize("name", ["кот", "猫", "cat"])
 def test_names_in_a_zip(prepare, tmp_path, name):
     files = {file.replace("cat", name).replace("/", "\\"): data for file, data in CAT_DOG.items()}
@@ -382,30 +345,21 @@ def test_names_in_a_zip(prepare, tmp_path, name):
     # Without the flag for UTF-8 the code page of the names is unknown.
     content = archive.read_bytes().replace(b"PK\3\4\x14\0\0\x08", b"PK\3\4\x14\0\0\0")
     archive.write_bytes(content.replace(b"PK\1\2\x14\3\x14\0\0\x08", b"PK\1\2\x14\3\x14\0\0\0"))
-    if name.isascii():
-        assert prepare("--source", archive).data == data
-    else:
-        assert_user_error(prepare("--source", archive), "code page", "unpack it")
+    again = prepare("--source", archive)
+    assert again.data == data if name.isascii() else "code page: unpack it" in again.stderr
 
 
-def test_other_suffixes_are_counted_in_a_short_line(prepare, tmp_path):
-    names = (
-        [f"cat/{i:04}" for i in range(300)]
-        + [f"cat/x.{i:04}" for i in range(99)]
-        + ["dog/0.HEIC", "dog/1.HEIC"]
-    )
+def test_what_is_skipped_is_said_in_a_short_line(prepare, tmp_path):
+    names = ["dog/0.HEIC", "dog/1.HEIC", *(f"cat/{'x.' * (i > 299)}{i:04}" for i in range(399))]
     result = prepare("--source", write(tmp_path / "s", dict.fromkeys(names, b"")))
-    assert_user_error(result, "300 without a suffix", "2 .heic", "96 more")
+    assert_user_error(result, "401 not read", "300 without a suffix", "2 .heic")
     assert len(result.stderr) < 400
-
-
-def test_what_is_skipped_is_said(prepare, tmp_path):
     files = {f"train/{name}": data for name, data in CAT_DOG.items()} | images(5, "test", start=50)
     files |= {"train/cat/a.txt": b"", "train/dog/b.TXT": b"", "x.csv": b"", "loose.png": saved(99)}
-    result = prepare("--source", write(tmp_path / "s", files))
-    data = result.data
-    assert all(text in result.stdout for text in ("2 .txt", "1 .csv", "6 images outside"))
-    assert Counter(counts(data).values()) == {6: 2, 2: 4}  # a test/ without labels is no test
+    result = prepare("--source", write(tmp_path / "other", files))
+    outside = f"6 in no folder of a class (5 {tmp_path}/other/test, 1 {tmp_path}/other)"
+    assert all(text in result.stdout for text in ("2 .txt", "1 .csv", outside))
+    assert Counter(counts(result.data).values()) == {6: 2, 2: 4}  # a test/ without labels is no test
 
 
 def test_files_are_copied_as_they_are(prepare, tmp_path):
@@ -415,8 +369,7 @@ def test_files_are_copied_as_they_are(prepare, tmp_path):
     files = {f"cat/{i}/same.jpg": saved(i, "JPEG", exif=exif) for i in range(4)}
     files |= {"v1.0/a.gif": saved(photo.quantize(8), "GIF"), "v1.0/b.webp": saved(photo, "WEBP")}
     files |= {"v1.0/c.jpeg": saved(photo.convert("CMYK"), "JPEG")}
-    options = ("--val-fraction", 0.4, "--test-fraction", 0)
-    data = prepare("--source", write(tmp_path / "s", files), *options).data
+    data = prepare("--source", write(tmp_path / "s", files), "--val-fraction", 0.4, "--test-fraction", 0).data
     assert sorted(data.values()) == sorted(files.values())
     assert counts(data) == {"train/cat": 2, "val/cat": 2, "train/v1.0": 2, "val/v1.0": 1}
 
@@ -452,42 +405,35 @@ def test_damaged_and_refused_images_are_named(prepare, tmp_path):
 
 UNUSABLE = {"labels.csv": b"file,label", "parquet": {"data/0.parquet": b"PAR1", "README.md": b""}}
 UNUSABLE |= {"loose": images(3, "train", "test"), "one": images(10, "top/cat"), "nowhere": {}}
-UNUSABLE |= {"bomb.zip": CAT_DOG | {"cat/0.bmp": b"\0" * 200_000_001}}
 UNUSABLE |= {"cut.zip": CAT_DOG, "bits.zip": CAT_DOG}
+BAD = ["--classes cat Dog", "--per-class 1", "--val-fraction 0", "--out s", "--out s/data2"]
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_sources_end_in_one_line(prepare, tmp_path, name):
     path, files = tmp_path / name, UNUSABLE[name]
-    if isinstance(files, dict):
-        write(path, files)
-    if not path.is_dir() and name != "nowhere":
-        data = path.read_bytes() if name.endswith(".zip") else files
-        changed = {"cut.zip": data[:900], "bits.zip": data[:50] + b"#" * 9 + data[59:]}
-        path.write_bytes(changed.get(name, data))
+    if isinstance(files, bytes):
+        path.write_bytes(files)
+    elif write(path, files).is_file():
+        data = path.read_bytes()
+        path.write_bytes(data[:900] if name == "cut.zip" else data[:50] + b"#" * 9 + data[59:])
     assert_user_error(prepare("--source", name), name, "give a folder or a zip")
     assert {left.name for left in tmp_path.iterdir()} <= {name}
 
 
-def test_names_in_a_zip_stay_inside(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a/b/c"))
-    (tmp_path / "a/b/c").mkdir(parents=True)
+def test_names_in_a_zip_stay_inside(prepare, tmp_path):
     bad = ("../../up.png", f"{tmp_path}/up.png", "cat/../../../up.png", "..\\..\\up.png")
     files = CAT_DOG | {name: saved(50 + i) for i, name in enumerate(bad)}
     result = prepare("--source", write(tmp_path / "s.zip", files), "--classes", "cat", "dog")
-    assert result.returncode == 0 and len(result.data) > 19 and not list((tmp_path / "a/b/c").iterdir())
-    assert not list(tmp_path.glob("*up*")) + list(tmp_path.glob("a/**/*up*"))
+    assert result.returncode == 0 and len(result.data) > 19
+    assert {path.name for path in tmp_path.iterdir()} == {"s.zip", "out1"}
 
 
-@pytest.mark.parametrize(
-    "options", ["--classes cat Dog", "--per-class 1", "--val-fraction 0", "--out s", "--out s/data2"]
-)
+@pytest.mark.parametrize("options", BAD)
 def test_bad_options_end_in_one_line(prepare, tmp_path, options):
     source = write(tmp_path / "s", CAT_DOG)
     assert_user_error(prepare("--source", source, *options.split()), options.split("/")[-1].split()[-1][:4])
     assert [path.name for path in tmp_path.iterdir()] == ["s"] and contents(source) == CAT_DOG
-    other = write(tmp_path / "other", images(5, "train/Coat", "train/Bag", "test/coat", "test/Bag"))
-    assert_user_error(prepare("--source", other), "Coat")  # classes that differ between splits
 
 
 def test_an_existing_folder_is_left_or_refused(prepare, tmp_path):
@@ -504,22 +450,21 @@ def test_an_existing_folder_is_left_or_refused(prepare, tmp_path):
 
 def test_kills_and_races(tmp_path):
     command = ("prepare_data.py", "--source", write(tmp_path / "s", images(150, "cat", "dog")))
-    rng = random.Random(0)
     killed_early = 0
     for turn in range(4):
-        runs = [forked.start(*command, cwd=tmp_path, output=f"o{i}") for i in "012"]
-        while runs[0].is_alive() and not list(tmp_path.glob(".data*")):
+        cwd = tmp_path / f"turn{turn}"
+        cwd.mkdir()
+        runs = [forked.start(*command, cwd=cwd, output=f"o{i}") for i in "012"]
+        while runs[0].is_alive() and not list(cwd.glob(".data*/new")):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05) if turn > 1 else 0)
+        time.sleep((0, 0, 0.02, 0.04)[turn])
         for process in runs if turn % 2 else runs[:1]:
             process.kill()
         results = [forked.finish(process) for process in runs]
-        if turn % 2 and not (tmp_path / "data").exists():
+        if turn % 2 and not (cwd / "data").exists():
             killed_early += 1
         else:
-            assert len(contents(tmp_path / "data")) == 300
+            assert len(contents(cwd / "data")) == 300
         assert turn % 2 or [result.returncode for result in results[1:]] == [0, 0], results
-        assert forked.run(*command, cwd=tmp_path).returncode == 0
-        assert {path.name for path in tmp_path.iterdir() if path.name[0] != "o"} == {"s", "data"}
-        (tmp_path / "data").rename(tmp_path / f"o{turn}")
+        assert forked.run(*command, cwd=cwd).returncode == 0 and len(contents(cwd / "data")) == 300
     assert killed_early
