@@ -1,24 +1,23 @@
-"""Compare trained runs: a report to hand in, its pictures, and a table of all runs.
+"""Compare trained runs: a report to hand in, its pictures, and tables of all runs and all mistakes.
 
     python evaluate.py                         (all runs under runs/, into report/)
-    python evaluate.py runs/CNN runs/my-cnn    (only these models; folders of single runs do, too)
+    python evaluate.py runs/CNN runs/my-cnn    (these models, in this order; folders of single runs do, too)
     python evaluate.py --out results           (into another folder)
 
 Reads config.json, metrics.jsonl and predictions.safetensors of each run: no model, no weights. Writes report.md,
-runs.csv (a row a run) and PNG pictures; those that show images need the data folder as it was. Of several learning
-rates and schedules the best by validation is reported: the test images choose nothing. When a report is made again,
-section 7, the answers, is kept. Exit code 0: all runs are in the report; 1: some are not, see stderr and the report;
-2: none is."""
+runs.csv (a row a run), mistakes.csv (a row an image) and PNG pictures; those that show images need the data folder as
+it was. Of several learning rates and schedules the best by validation is reported: the test images choose nothing.
+When a report is made again, section 7, the answers, is kept. Exit code 0: all runs are in the report; 1: some are
+not, see stderr and the report; 2: none is."""
 
-import difflib
-import json
+import itertools
 import math
 import os
 import re
 import shlex
 import sys
 import textwrap
-from functools import partial
+import warnings
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's shell may name a backend that is not installed
@@ -26,40 +25,67 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's shell may name a backend that i
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy.stats import sem
 from sklearn.metrics import ConfusionMatrixDisplay, f1_score
 
 import common
 from common import UserError
 
-MAX_MODELS = 10  # in the report, for its 200 lines; the others are in runs.csv
-MAX_COMPARED = 5  # of these side by side: in pairs, in confusion matrices
+MAX_MODELS = 6  # in the report, for its 200 lines; the others are in runs.csv
+MAX_CNNS, MAX_PROBES = 4, 2  # of these, where none is named
+MAX_CLASSES = 40  # of a confusion matrix that can still be read
+SIDE = ["model", "epochs"]
 SETTING = ["model", "epochs", "lr", "schedule"]  # runs that agree in these differ by their seeds
+MEASURES = {
+    "train_accuracy": "training accuracy",
+    "val_accuracy": "validation accuracy",
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+}
+COLUMNS = (
+    "run model epochs lr schedule seed features parameters trained feature_seconds seconds steps best_epoch"
+)
+COLUMNS += " train_accuracy val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"
+
+FROZEN = """\
+{name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on
+its features is trained. Images of 0 to 1 are normalised as in its own training, by mean {mean} and standard deviation
+{std}; the features by those of the training images. `class`: the class token after the last block; `last`: with the
+mean of that block's patch tokens; `grid6`: the class token with the patch tokens after block 6, averaged over a 3x3
+grid."""
 
 ANSWERS = """
 ## 7 Conclusions
-- **Which model converges faster?** (learning-curves.png; the rows of the fewest epochs in section 5) Your answer:
-- **Which model needs more resources?** (section 4; parameters in sections 2 and 3) Your answer:
-- **Which model generalises better?** (accuracy, macro-F1, differences, confusion matrices in section 5) Your answer:
-- **Which model needs less training time?** (seconds in section 5) Your answer:
-- **Do other learning rates change the answer?** (learning rates in section 5) Your answer:
+- **Which model converges faster?** (summary; learning-curves.png) Your answer:
+- **Which model needs more resources?** (summary; section 4) Your answer:
+- **Which model generalises better?** (summary; section 5: differences, confusion matrices, classes) Your answer:
+- **Which model needs less training time?** (summary) Your answer:
+- **Do other learning rates change the answer?** (summary; section 5: learning rates) Your answer:
 
 """
 
 
+# -------------------------------------------------------------------------------------------- reading runs
+def augmentation(options):
+    """Return the transforms of the training images as torchvision calls them; "" for a probe's plain images."""
+    if options.get("views") == 0:
+        return ""
+    crop = f"RandomResizedCrop({options['image_size']}, scale=({options['crop_scale']:g}, 1)"
+    flip = "" if options["no_flip"] else ", RandomHorizontalFlip()"
+    return f"{crop}, ratio=(1/{common.CROP_RATIO}, {common.CROP_RATIO})){flip}"
+
+
 def read_run(folder):
-    """Return a run as a dict: the columns of runs.csv, up to "images", and what else the report needs.
+    """Return a run as a dict: its identity, config, the line of its best epoch, scores, and what else the report needs.
 
     Raises UserError where no run has ended, nearly anything for damaged files."""
     predictions = folder / "predictions.safetensors"
     if not predictions.exists():
         raise UserError("no finished run: train it, with --resume if it was stopped")
     config = common.read_json(folder / "config.json")
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    curve = [json.loads(line) for line in lines]
-    best = max(curve, key=common.rank_key)
+    curve = pd.read_json(folder / "metrics.jsonl", lines=True, precise_float=True)
+    best = max(curve.to_dict("records"), key=common.rank_key)
 
     tensors, _ = common.load_tensors(predictions)
     split = "test" if "test.labels" in tensors else "val"
@@ -67,466 +93,623 @@ def read_run(folder):
     log_probs = tensors[f"{split}.log_probs"]
     confidence, predicted = log_probs.exp().max(1)
 
-    model = folder.resolve().parent.name
+    model = Path(os.path.abspath(folder)).parent.name  # a link's own name, not that of its target
     epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
-    data, backbone = config["data"], config["backbone"]
-    frozen = backbone["parameters"] if backbone else 0
-    copied = (*SETTING[1:], "seed", "features", "parameters", "feature_seconds")
     return {
+        **best,
+        **config["identity"],
+        **config,
+        **common.scores(log_probs, labels),
         "run": folder.as_posix(),
         "model": model,
-        **{key: config[key] for key in copied},
-        "trainable": config["parameters"] - frozen,
-        "seconds": config["feature_seconds"] + sum(line["seconds"] for line in curve),
+        "seconds": curve.seconds.sum(),
+        "steps": curve.step.max(),
         "best_epoch": best["epoch"],
-        **{key: best[key] for key in ("train_accuracy", "val_accuracy", "val_macro_f1", "val_loss")},
         "split": split,
-        **common.scores(log_probs, labels),
         "images": len(labels),
+        "when": epochs,
         "title": f"{model}, {epochs}",
-        "panel": f"validation accuracy, {epochs}",
-        "value": best["val_accuracy"],
-        "config": config,
-        "data": data,
-        "curve": pd.DataFrame(curve),
+        "is_control": "'random'" in str(config["backbone"]),
+        "augmentation": augmentation(config["options"]),
+        "curve": curve,
         "labels": labels.numpy(),
         "predicted": predicted.numpy(),
         "confidence": confidence.numpy(),
         "right": (labels == predicted).numpy(),
-        "data_set": f"{split} {data['classes']} {data['sha256'][split]}",
+        "data_set": f"{split} {config['data']['classes']} {config['data']['sha256'][split]}",
     }
 
 
 def read_runs(names):
     """Read the runs in and below the folders `names`.
 
-    Returns a data frame with a row a run, of the data set that most runs report on, and lines on the runs that are
-    left out. Raises UserError when no run can be read."""
-    files = set()
-    for name in names:
-        folder = Path(os.path.relpath(name))  # one spelling, or a run could count twice
-        files |= set(folder.rglob("config.json")) or {folder / "config.json"}
+    Returns a data frame with a row a run, and lines on what is left out. `named`: the place in `names` of the folder of
+    a model or a run, else missing. Raises UserError when no run can be read."""
     rows, left_out = [], []
-    for folder in sorted(file.parent for file in files):
-        try:
-            rows.append(read_run(folder))
-        except UserError as error:
-            left_out.append(f"{folder}: {error}")
-        except Exception as error:  # of JSON, of tensors, of values: many kinds
-            left_out.append(f"{folder}: damaged, or of other scripts ({error!r})")
+    for place, name in enumerate(names):
+        root = Path(os.path.relpath(name))
+        if not root.is_dir():
+            raise UserError(f"{name}: no such folder")
+        folders = [here for here, files in common.walk(root) if "config.json" in files]
+        for folder in folders or [root]:
+            named = place if root in (folder, folder.parent) else None
+            try:
+                rows.append(read_run(folder) | {"named": named})
+            except Exception as error:  # of JSON, of tensors, of values: many kinds
+                why = error if isinstance(error, UserError) else f"damaged, or of other scripts ({error!r})"
+                left_out.append(f"{folder}: {why}")
     if not rows:
         raise UserError("; ".join(left_out))
-    frame = pd.DataFrame(rows)
-    same = frame.data_set == frame.data_set.value_counts().index[0]
-    for _, others in frame[~same].groupby("data_set"):
-        models = others.run.map(os.path.dirname).unique()
-        command = shlex.join(["python", "evaluate.py", *models])
-        for run in others.run:
-            left_out.append(f"{run}: other images: `{command}`; or --resume, if test/ came later")
-    return frame[same], left_out
+    return drop_others(pd.DataFrame(rows).drop_duplicates("run"), left_out)
 
 
+def drop_others(frame, left_out):
+    """Return the runs that can stand in one report, and the lines `left_out` with those on the others.
+
+    They report on the images that most runs report on; of a model's name those that agree with most of its runs, as
+    the training scripts demand it of a new run; of a setting and seed one."""
+    is_same = frame.data_set == frame.data_set.mode()[0]
+    for _, folders in frame.run[~is_same].map(os.path.dirname).groupby(frame.data_set):
+        again = shlex.join(["python", "evaluate.py", *folders.unique()])
+        left_out.append(f"runs on other images: `{again}`; or --resume, if test/ came later")
+    alike = frame[is_same]
+    for model, runs in alike.groupby("model"):
+        texts = runs.identity.map(str)
+        most = runs.identity[texts == texts.mode()[0]].iloc[0]
+        for run in runs.itertuples():
+            if different := common.differences(most, run.identity):
+                left_out.append(
+                    f"{run.run}: not of the model of most runs of {model}: {', '.join(different)}"
+                )
+                alike = alike.drop(run.Index)
+    is_again = alike.duplicated([*SETTING, "seed"])
+    left_out += [f"{run}: setting and seed of another run, which counts once" for run in alike.run[is_again]]
+    return alike[~is_again], left_out
+
+
+# ------------------------------------------------------------------------------------------------ choosing
 def best_settings(frame):
-    """Return the runs of the best setting of each model and number of epochs, the best of all first.
+    """Return the runs of the best setting of each model and number of epochs, and lines on what only seemed better.
 
-    By the means over the seeds of validation accuracy, then of validation loss."""
-    means = frame.groupby(SETTING)[["val_accuracy", "val_loss"]].mean().reset_index()
-    ranked = means.sort_values(["val_accuracy", "val_loss"], ascending=[False, True])
-    return ranked.drop_duplicates(["model", "epochs"])[SETTING].merge(frame.sort_values("seed"))
+    Of the settings with the most seeds, by the means of validation accuracy, then of validation loss. Adds `seeds`;
+    `tried`, among how many settings validation chose; and `validation`, the mean."""
+    best, lines = [], []
+    for _, runs in frame.sort_values("seed").groupby(["model", "epochs"]):
+        settings = runs.groupby(["schedule", "lr"])
+        seeds = settings.size()
+        # The loss decides only where accuracies are equal.
+        validation = settings.val_accuracy.mean() - 1e-9 * settings.val_loss.mean()
+        equal = validation[seeds == seeds.max()]
+        chosen = settings.get_group(equal.idxmax())
+        best.append(chosen.assign(seeds=seeds.max(), tried=len(equal), validation=equal.max()))
+        top = validation.idxmax()
+        if seeds[top] < seeds.max():
+            lines.append(
+                f"{chosen.title.iloc[0]}: {top[0]} {top[1]:g} is better by validation ({validation.max():.2%}) than "
+                f"what is reported ({equal.max():.2%}), but has {seeds[top]} of {seeds.max()} seeds: train the others"
+            )
+    return pd.concat(best), lines
+
+
+def shared_epochs(runs):
+    """Return the numbers of epochs that CNN and probe share; all, where there is none, or only CNNs or only probes."""
+    is_cnn = runs.features == "pixels"
+    kinds = is_cnn.groupby(runs.epochs).nunique()
+    return kinds.index[kinds == kinds.max()]
+
+
+def list_models(best):
+    """Return the models that the report shows, in its order: a dict from their names to a remark on their choice.
+
+    Those that are named on the command line; else CNNs, the one without options first, then the probe on the class
+    token and the best other one by validation: at the most epochs that are shared, of those with the most seeds."""
+    named = best.dropna(subset="named").sort_values("named").model.unique()
+    if len(named):
+        return dict.fromkeys(named[:MAX_MODELS], "")
+    best = best[~best.is_control | best.is_control.all()]
+    best = best[best.epochs.isin(shared_epochs(best))]
+    ranked = best.sort_values(["epochs", "seeds", "validation"], ascending=False).drop_duplicates("model")
+    # Without options: the shortest name, of CNNs and of the probes on the class token.
+    plain = ranked.query("features in ['pixels', 'class']")
+    first = plain.model.str.len().groupby(plain.features).idxmin()
+    others = ranked.drop(first)
+    ranked = pd.concat([ranked.loc[first], others])
+    cnns = ranked.query("features == 'pixels'").model[:MAX_CNNS]
+    probes = ranked.query("features != 'pixels'").model[:MAX_PROBES]
+    remarks = dict.fromkeys([*cnns, *probes], "")
+    rivals = others.query("features != 'pixels'").query("seeds == seeds.max()").model
+    if len(rivals) > 1:
+        remarks[probes.iloc[-1]] = f", chosen by validation among {len(rivals)} further probes"
+    return remarks
 
 
 def select(best):
-    """Return the runs that the report shows, of the `best_settings`.
+    """Return the runs that are compared, of the `best_settings`.
 
-    Models stand at the first and the last number of epochs that CNN and probe share, and at their own best one. Adds
-    `place`, the model's, and `compared`: the number of epochs at which the run is compared with others, else 0."""
-    models = best.drop_duplicates("model")
-    kinds = models.features.str.rstrip("0123456789")  # pixels, class, last, grid
-    # The best of each kind come first, the CNN before the probes: the variants of one never push out another.
-    ranked = models.assign(again=kinds.duplicated(), probe=kinds != "pixels")
-    listed = ranked.sort_values(["again", "probe"]).model.tolist()[:MAX_MODELS]
-
-    own_best = best.epochs == best.groupby("model").epochs.transform("first")
-    sides = best[best.model.isin(listed[:MAX_COMPARED])]
-    is_cnn = sides.features == "pixels"
-    both = is_cnn.groupby(sides.epochs).nunique() == is_cnn.nunique()
-    shared = both.index[both]
-    compared = own_best * 1  # where no number is shared, each stands at its own best
-    if len(shared):
-        compared = best.epochs.where(best.epochs.isin([min(shared), max(shared)]), 0)
-    is_shown = best.model.isin(listed) & (own_best | (compared > 0))
-    shown = best.assign(compared=compared)[is_shown]
-    shown = shown.assign(place=shown.model.map(listed.index))
-    shown.loc[shown.place >= MAX_COMPARED, "compared"] = 0
+    Those of `list_models`, at the fewest and the most epochs that CNN and probe share. Adds `place` and `remark`, the
+    model's, and `color`."""
+    remarks = list_models(best)
+    shown = best[best.model.isin(remarks)]
+    epochs = shared_epochs(shown)
+    shown = shown[shown.epochs.isin([min(epochs), max(epochs)])]
+    place = shown.model.map(list(remarks).index)
+    shown = shown.assign(place=place, remark=shown.model.map(remarks), color="C" + place.astype(str))
     return shown.sort_values(["epochs", "place", "seed"])
 
 
-def longest(shown):
-    """Return of each model the runs of the most epochs, in the models' order."""
-    most = shown.groupby("model").epochs.transform("max")
-    return shown[shown.epochs == most].sort_values(["place", "seed"])
+# ---------------------------------------------------------------------------------------------- statistics
+def mean_sd(values, digits=4):
+    """Return the mean and, of several values, ± their standard deviation (n - 1): the spread over the seeds."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
 
 
-def find_blocks(best):
-    """Return those of the `best_settings` of probes that differ in nothing but their features.
+def compare(sides):
+    """Return the difference of each model to the first one at a number of epochs, in words: a dict of titles.
 
-    Of the number of epochs with the most blocks. Adds `block`, and `line` for their picture."""
-    block = pd.to_numeric(best.features.str.removeprefix("grid"), errors="coerce")
-    line = best.features.where(block.isna(), "3x3 grid of a block")
-    blocks = best.assign(line=line, block=block.fillna(11))  # class token and mean are of the last block
-    family = [run.model.replace(run.features, "") for run in best.itertuples()]
-    groups = blocks.groupby(["epochs", family])
-    return groups.get_group(groups.block.nunique()[::-1].idxmax())
+    The difference is the mean over the images of d, the difference between the shares of the shared seeds that have an
+    image right. Its 95% interval is by SE² = var(d) / images + var(D) / seeds with D, the seeds' own differences. The
+    first term is the paired comparison of Miller, "Adding Error Bars to Evals" (2024, arXiv 2411.00640); one seed has
+    no second. Models without a seed in common have no difference."""
+    words = {}
+    is_first = sides.model == sides.groupby("when").model.transform("first")
+    pairs = sides[is_first].merge(sides[~is_first], on=["when", "seed"])
+    for (title, first), runs in pairs.groupby(["title_y", "model_x"], sort=False):
+        d = np.stack(runs.right_y).astype(float) - np.stack(runs.right_x)  # [seeds, images]
+        error = math.hypot(sem(d.mean(0)), sem(d.mean(1)) if len(d) > 1 else 0)
+        words[title] = in_words(d.mean(), error, f"better than {first} by", f"worse than {first} by")
+    return words
+
+
+def in_words(difference, error, more, less):
+    """Return a difference, with its standard error, as points and their 95% interval; none is shown if that holds 0."""
+    size, half = 100 * abs(difference), 196 * error
+    if size <= half:
+        points = 100 * difference
+        return f"no difference shown: {points:+.2f} points ({points - half:+.2f} to {points + half:+.2f})"
+    return f"{more if difference > 0 else less} {size:.2f} points ({size - half:.2f} to {size + half:.2f})"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def shorten(text, most=24):
+    """Return a text without its middle where it is longer than `most`: long names often agree in their beginnings."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def draw_lines(frame, x):
-    """Draw a line for each value of the column `line`: means over the seeds, a band from least to most.
+    """Draw the column `value` over the column `x`: a panel for each `panel`, in it a line for each `line`.
 
-    `x`: the column for x; `value`: that for y; `panel`: the title of a row's panel."""
+    Means over the seeds; `color` is that of the line."""
     panels = frame.groupby("panel", sort=False)
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(6 * columns + 1, 4 * rows + 2), layout="constrained")
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+    figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
     for place, (title, panel) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place, title=title, xlabel=x)
-        for i, line in enumerate(frame.line.unique()):
-            values = panel[panel.line == line].groupby(x).value.agg(["mean", "min", "max"])
-            color = f"C{i}"
-            label = textwrap.fill(line, 60)
-            axes.plot(values["mean"], ".-", color=color, label=label)
-            axes.fill_between(values.index, values["min"], values["max"], color=color, alpha=0.15)
+        for (line, color), runs in panel.groupby(["line", "color"], sort=False):
+            axes.plot(runs.groupby(x).value.mean(), ".-", color=color, label=shorten(line, 48))
         axes.grid(alpha=0.3)
-        if x == "lr":
-            axes.set_xscale("log")
-            axes.set_xticks(sorted(set(frame.lr)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-    # Each panel has all lines, an empty one where there are no values.
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes.legend()
     return figure
 
 
 def draw_confusions(sides):
-    """Draw the confusion matrices of the lowest seeds: a row a number of epochs, a column a model."""
-    classes = [name[:24] for name in sides.data.iloc[0]["classes"]]
-    epochs = sorted(set(sides.compared))
-    columns = sides.place.max() + 1
-    side = max(3.3, 0.15 * len(classes))
-    figure = Figure(figsize=(side * columns + 1, side * len(epochs) + 1), layout="constrained")
-    for run in sides.drop_duplicates("title").itertuples():
-        place = epochs.index(run.compared) * columns + run.place + 1
-        axes = figure.add_subplot(len(epochs), columns, place)
+    """Draw the confusion matrices of the lowest seeds, three a row: shares of the images of a class."""
+    classes = [shorten(name) for name in sides.data.iloc[0]["classes"]]
+    runs = sides.drop_duplicates("title")
+    rows, side = math.ceil(len(runs) / 3), max(4, 0.2 * len(classes))
+    figure = Figure(figsize=(3 * side, rows * side), layout="constrained")
+    for place, run in enumerate(runs.itertuples(), 1):
+        axes = figure.add_subplot(rows, 3, place)
         ConfusionMatrixDisplay.from_predictions(
             run.labels,
             run.predicted,
             labels=range(len(classes)),
+            normalize="true",
             display_labels=classes,
             include_values=len(classes) <= 12,  # more cannot be read
+            values_format=".1%",
             xticks_rotation="vertical",
             cmap="Blues",
             ax=axes,
             colorbar=False,
         )
-        axes.set_title(textwrap.fill(run.title, 30), fontsize=10)
+        axes.set_title(f"{shorten(run.title, 36)}, seed {run.seed}")
         axes.label_outer()
     return figure
 
 
-def draw_mistakes(run, pixels):
-    """Draw the twelve most confident mistakes of a run; `pixels` uint8 [N, C, S, S]."""
-    classes = [name[:24] for name in run.data["classes"]]
-    wrong = np.flatnonzero(~run.right)
-    worst = wrong[np.argsort(-run.confidence[wrong])][:12]
-    figure = Figure(figsize=(9, 8))
-    for place, i in enumerate(worst, 1):
-        axes = figure.add_subplot(3, 4, place)
-        axes.imshow(pixels[i].permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
-        true = classes[run.labels[i]]
-        predicted = classes[run.predicted[i]]
-        axes.set_title(f"true: {true}\npredicted: {predicted} ({run.confidence[i]:.1%})", fontsize=8)
+def draw_grid(title, cells, columns):
+    """Draw images, each of `cells` float [C, S, S] with a text above it, in rows of `columns`."""
+    rows = math.ceil(len(cells) / columns)
+    figure = Figure(figsize=(10, 11 / columns * rows))
+    figure.suptitle(title)
+    for place, (image, text) in enumerate(cells, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(text, fontsize=7, loc="left")
         axes.axis("off")
     return figure
 
 
-def draw_augmentation(options, data):
-    """Draw a training image of each class (ten at most): plain, then as the first epochs see it."""
-    _, index = np.unique(data.labels["train"], return_index=True)
-    index = torch.from_numpy(index[:10])
-    images = common.Images(data.pixels["train"], options, data.image_size)
-    views = [images.plain(index)]
-    for epoch in range(5):
-        views.append(images.augmented(index, epoch))
-    rows = torch.cat(views, 3)  # side by side: [classes, C, S, 6 S]
-    picture = torch.cat(list(rows), 1).permute(1, 2, 0)
-    figure = Figure(figsize=(8, len(rows) + 1), layout="constrained")
-    axes = figure.add_subplot(xticks=[])
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-    middles = data.image_size * (np.arange(len(rows)) + 0.5)
-    axes.set_yticks(middles, [name[:24] for name in data.classes[:10]])
-    return figure
+def find_mistakes(models, data):
+    """Return a row for each image that a model's run has wrong, the most confident first; the index is the image's."""
+    files, _, _ = common.find_images(Path(data.description["path"], models.split.iloc[0]), data.classes)
+    classes = np.array(data.classes)
+    tables = []
+    for run in models.itertuples():
+        table = pd.DataFrame({"model": run.title, "file": files, "true": classes[run.labels]})
+        table = table.assign(predicted=classes[run.predicted], confidence=run.confidence)
+        tables.append(table[~run.right].sort_values("confidence", ascending=False))
+    return pd.concat(tables)
 
 
-def draw_pictures(frame, best, shown):
-    """Yield file names and figures. Raises FileNotFoundError or UserError when the images are not there any more."""
-    sides = shown.query("compared > 0")
-    yield "confusion.png", draw_confusions(sides)
+def draw_augmentation(run, data):
+    """Draw a training image of each class (ten at most): plain, then as the first epochs of a run see it."""
+    labels = data.labels["train"]
+    index = np.unique(labels, return_index=True)[1][:10]
+    cells = []
+    for epoch in range(1 + min(5, run.options.get("views") or run.epochs)):  # 0: plain
+        options = [data.image_size, run.crop_scale if epoch else None, run.no_flip, run.seed]
+        images = common.ImageDataset(data.pixels["train"], labels, *options)
+        images.start_epoch(epoch - 1)
+        for i in index:
+            text = f"{shorten(data.classes[labels[i]], 12)}\n{f'epoch {epoch}' if epoch else 'plain'}"
+            cells.append((images[i][0], text))
+    return draw_grid(f"{run.model}, seed {run.seed}: training images", cells, len(index))
+
+
+def draw_pictures(best, sides, models, data):
+    """Yield file names and figures of what there is to see; without `data` none that show images."""
+    if len(sides.data.iloc[0]["classes"]) <= MAX_CLASSES:
+        yield "confusion.png", draw_confusions(sides)
     curves = []
-    for run in longest(shown).itertuples():
-        curves.append(run.curve.assign(line=f"{run.title} (lr {run.lr:g}, {run.schedule})"))
-    measures = ["train_accuracy", "val_accuracy", "train_loss", "val_loss"]
-    curves = pd.concat(curves).melt(["line", "epoch"], measures, "panel")
-    yield "learning-curves.png", draw_lines(curves, "epoch")
-    tried = frame[frame.title.isin(sides.title)].sort_values("epochs")
-    if tried.lr.nunique() > 2:
-        tried = tried.assign(line=tried.model + ", " + tried.schedule)
-        yield "accuracy-by-lr.png", draw_lines(tried, "lr")
-    blocks = find_blocks(best)
-    if blocks.block.nunique() > 2:
-        yield "which-layer.png", draw_lines(blocks, "block")
+    for run in sides[sides.title.isin(models.title)].itertuples():
+        curves.append(run.curve.assign(line=run.title, color=run.color))
+    curves = pd.concat(curves).rename(columns=MEASURES)
+    if curves.epoch.max() > 1:
+        curves = curves.melt(["line", "color", "epoch"], MEASURES.values(), "panel")
+        yield "learning-curves.png", draw_lines(curves, "epoch")
 
-    runs = longest(sides).drop_duplicates("model")
-    first = runs.iloc[0]
-    split = first.split
-    recorded = first.data
-    data = common.load_data(recorded["path"], recorded["image_size"], ("train", split))
-    if data.description["sha256"][split] != recorded["sha256"][split]:
-        raise UserError(f"{recorded['path']}: has other images now")
-    yield "augmentation.png", draw_augmentation(first.config["options"], data)
-    for place, run in enumerate(runs.itertuples(), 1):
-        yield f"mistakes-{place}.png", draw_mistakes(run, data.pixels[split])
+    probes = best.query(f"features != 'pixels' and epochs == {sides.epochs.max()}")
+    block = probes.features.str.extract(r"(\d+)", expand=False).astype(float)
+    if block.nunique() > 2:
+        line = probes.model.str.replace(r"grid\d+", "grid", n=1, regex=True)
+        others = MAX_MODELS + line.rank(method="dense").astype(int)
+        color = line.map(models.set_index("model").color).fillna("C" + others.astype(str))
+        panel = "validation accuracy, " + probes.when
+        probes = probes.assign(
+            value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel
+        )
+        yield "which-layer.png", draw_lines(probes, "block")
+    if data:
+        yield from draw_images(models, data)
 
 
-def mean_sd(values, digits=4):
-    """Return the mean and, of several values, ± the standard deviation (n - 1)."""
-    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
+def draw_images(models, data):
+    """Yield file names and figures that show images."""
+    mistakes = find_mistakes(models, data)
+    for run in models[models.augmentation > ""].head(1).itertuples():
+        yield "augmentation.png", draw_augmentation(run, data)
+    for run in models[models.accuracy < 1].itertuples():
+        cells = []
+        for row in mistakes[mistakes.model == run.title].head(12).itertuples():
+            predicted = f"predicted: {shorten(row.predicted, 20)} ({row.confidence:.1%})"
+            text = f"{shorten(row.file.name)}\ntrue: {shorten(row.true, 20)}\n{predicted}"
+            cells.append((data.pixels[run.split][row.Index] / 255, text))
+        title = f"{run.title}, seed {run.seed}: most confident mistakes"
+        yield f"mistakes-{run.place + 1}.png", draw_grid(title, cells, 4)
 
 
+# ------------------------------------------------------------------------------------------------- summary
 def markdown_table(rows):
-    """Return a Markdown table of a data frame, or of dicts; columns after the first are right-aligned."""
+    """Return a Markdown table of a data frame, or of dicts; columns of numbers are right-aligned."""
     frame = pd.DataFrame(rows).fillna("").astype(str)
-    rule = ["---"] + ["---:"] * (len(frame.columns) - 1)
+    rule = ["---:" if frame[name].str.match(r"[-+.\d]|$").all() else "---" for name in frame]
     lines = []
     for cells in (frame.columns, rule, *frame.values):
-        text = " | ".join(cell.replace("|", r"\|") for cell in cells)
+        text = " | ".join(re.sub(r"([|<])", r"\\\1", cell) for cell in cells)
         lines.append(f"| {text} |")
     return "\n".join(lines)
 
 
-def data_section(frame):
-    """Return the numbers of images, and what a reader must know of them."""
-    lines = []
-    for data in frame.data:
-        counts = data["counts"]
-        numbers = ", ".join(f"{n:,} {split}" for split, n in counts.items())
-        lines.append(f"{data['path']}: {numbers} images.")
-        for split, n in data["repeated"].items():
-            if n:
-                lines.append(f"{n:,} of {counts[split]:,} {split} images are also in an earlier split.")
-    if frame.split.iloc[0] == "val":
-        lines.append("There is no test/: the best epoch was chosen on the images that are reported.")
-    lines.append(f"Classes: {textwrap.shorten(', '.join(data['classes']), 500)}.")
-    return "\n".join(dict.fromkeys(lines))
+def bullets(lines):
+    """Return a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def describe(config):
-    """Return the lines that tell a model from others: options, network, optimiser, backbone."""
-    lines = [f"{key} {value}" for key, value in common.identity(config).items() if "images" not in key]
-    # Without the numbers of layers: one layer more changes those of all that follow.
-    return re.sub(r"\(\w+\): |^ +", "", "\n".join(lines), flags=re.M).splitlines()
+def command(frame, script, *options):
+    """Return a command line for the data of the report, as code."""
+    path = frame.data.iloc[0]["path"]
+    data = [] if path == common.DATA_DIR else ["--data-dir", path]
+    return f"`{shlex.join(['python', script, *data, *options])}`"
 
 
-def model_section(models, script):
-    """Return what the CNNs or the probes are: the first in full, the others by the lines that differ."""
-    if models.empty:
-        return f"None was trained: `python {script} --epochs 10`"
+def measured(run, profile):
+    """Return in words what the profile has of a run's network, image size and batch: the time and memory of a step."""
+    parts = []
+    for row in profile["rows"]:
+        of_row = f"{row['network']} {row['image_size']} {row['batch_size']}"
+        if of_row == f"{run.network} {run.image_size} {run.batch_size}":
+            memory = f", {row['peak_mb']:,.4g} MB" if row["peak_mb"] else ""
+            parts.append(f"{row['step_ms']:,.4g} ms{memory} ({row['row']})")
+    return "; ".join(parts)
+
+
+def summary_table(sides, models, profile):
+    """Return the homework's table: a row a model."""
     rows = []
-    first = models.config.iloc[0]
     for run in models.itertuples():
-        lines = difflib.ndiff(describe(first), describe(run.config))
-        changes = [line for line in lines if line[0] in "+-"]
-        row = {
-            "Model": run.model,
-            "Parameters": f"{run.parameters:,}",
-            "Trained": f"{run.trainable:,}",
-            f"Other than {first['model']}": ", ".join(changes),
+        row = {"Model": run.model}
+        for when, runs in sides[sides.model == run.model].groupby("when", sort=False):
+            row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
+            row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
+            row[f"Steps, {when}"] = f"{runs.steps.mean():,.0f}"
+        # Of the last: the most epochs.
+        row |= {
+            "Training (s)": f"{runs.seconds.mean():.1f}",
+            "Features (s)": f"{runs.feature_seconds.mean():.1f}",
         }
-        rows.append(row)
-    network = "\n".join(first["network"].splitlines()[:24])
-    options = [line for line in describe(first) if line.partition(" ")[0] in first["options"]]
-    return f"""\
-```
-{network}
-```
-
-{first["model"]}: {first["optimizer"].split()[0]}, {", ".join(options)}
-
-{markdown_table(rows)}"""
+        rows.append(row | {"A step": measured(run, profile)})
+    return pd.DataFrame(rows).fillna("")
 
 
-def profile_section(out):
-    if not (out / "profile.json").exists():
-        return f"Not measured yet: `python profile_models.py --out {out.as_posix()}`"
-    profile = common.read_json(out / "profile.json")
-    notes = "\n".join(f"- {note}" for note in profile["notes"])
-    return f"On {profile['machine']}.\n\n{markdown_table(profile['rows'])}\n\n{notes}"
-
-
-def results_table(shown):
-    """Return a row for each model and number of epochs, with Wilson's intervals."""
+def summary_sentences(sides, rates, profile):
+    """Return a line for each of the homework's questions, with figures and intervals."""
+    differences = compare(sides)
     rows = []
-    for _, runs in shown.groupby("title", sort=False):
-        run = runs.iloc[0]
-        features = runs.feature_seconds.mean()
-        right = binomtest(round(runs.accuracy.mean() * run.images), run.images)
-        low, high = right.proportion_ci(method="wilson")
-        row = {
-            "Model": run.model,
-            "Epochs": run.epochs,
-            "Accuracy (%)": mean_sd(100 * runs.accuracy, 2),
-            "Macro-F1": mean_sd(runs.macro_f1),
-            "Validation (%)": mean_sd(100 * runs.val_accuracy, 2),
-            "Learning rate": f"{run.lr:g} {run.schedule}",
-            "Seeds": len(runs),
-            "95% interval": f"{100 * low:.2f} to {100 * high:.2f}",
-            "Training (%)": mean_sd(100 * runs.train_accuracy, 2),
-            "Seconds": f"{features:.1f} + {runs.seconds.mean() - features:.1f}",
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def pairs_table(sides):
-    """Return a row for each two models at the same number of epochs that have seeds in common."""
-    rows = []
-    pairs = sides.merge(sides, on=["compared", "seed"], suffixes=("_a", "_b"))
-    for _, runs in pairs.query("place_a < place_b").groupby(["compared", "place_a", "place_b"]):
-        run = runs.iloc[0]
-        only_a = sum(run.right_a & ~run.right_b)
-        only_b = sum(run.right_b & ~run.right_a)
-        different = only_a + only_b
-        p = binomtest(only_a, different).pvalue if different else 1
-        row = {
-            "A": run.title_a,
-            "B": run.title_b,
-            "Seed": run.seed,
-            "Only A": only_a,
-            "Only B": only_b,
-            "p": f"{p:.2g}",
-            "B - A, all seeds": mean_sd(100 * (runs.accuracy_b - runs.accuracy_a), 2),
-        }
-        rows.append(row)
-    return markdown_table(rows or [{"A": "none", "B": "none"}])
-
-
-def classes_table(sides):
-    """Return the F1 of the hardest classes, a column a model and number of epochs."""
-    classes = sides.data.iloc[0]["classes"]
-    f1 = partial(f1_score, labels=range(len(classes)), average=None, zero_division=0)
-    table = pd.DataFrame(index=classes)
     for title, runs in sides.groupby("title", sort=False):
-        of_seeds = list(map(f1, runs.labels, runs.predicted))
-        table[title] = np.mean(of_seeds, axis=0)
-    hardest = table.mean(axis=1).nsmallest(8).index
-    table = table.map("{:.4f}".format)
-    table["Images"] = np.bincount(runs.labels.iloc[0], minlength=len(classes))
-    return markdown_table(table.loc[hardest].reset_index(names="Class"))
+        mean, run = runs.mean(numeric_only=True), runs.iloc[0]
+        words = (
+            f"{run.model} {mean.accuracy:.2%} (macro-F1 {mean.macro_f1:.4f}, {mean.steps:,.0f} steps)"
+            f"{', ' + differences[title] if title in differences else ''}"
+        )
+        if run.when != sides.when.iloc[-1]:
+            rows.append({f"Convergence, after {run.when}": words})
+            continue
+        val, test = mean.val_accuracy, mean.accuracy
+        error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
+        fall = in_words(val - test, error, "less on test by", "more on test by")
+        fall = f"{val:.2%} and {test:.2%}, {fall}" if run.split == "test" else "unknown: there is no test/"
+        rows.append(
+            {
+                f"Quality, after {run.when}": words,
+                "Generalisation, validation and test accuracy": f"{run.model} {fall}",
+                "Resources": f"{run.model} trains {run.trained:,} of {run.parameters:,} parameters; a step: "
+                f"{measured(run, profile) or 'not measured'}",
+                "Time": f"{run.model} {mean.seconds:.1f} s for training, {mean.feature_seconds:.1f} s for features",
+                "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
+                f"{run.tried} setting(s) tried with {run.seeds} seed(s){run.remark}",
+            }
+        )
+    first, *others = sides.model.unique()
+    for model in others:
+        for when, pairs in rates[[first, model]].dropna().groupby("when"):
+            better = f"{sum(pairs[model] > pairs[first])} of {len(pairs)} pairs of rate and schedule"
+            rows.append({"Other rates, by validation": f"after {when} {model} beats {first} at {better}"})
+    clauses = pd.DataFrame(rows)
+    return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
 
 
-def rates_table(frame, sides):
-    """Return the validation accuracy of each rate and schedule: a row a model and number of epochs."""
-    tried = frame[frame.title.isin(sides.title)]
-    columns = tried.schedule + " " + tried.lr.map("{:g}".format)
-    percent = 100 * tried.val_accuracy
-    groups = percent.groupby([tried.title, columns])
-    table = groups.agg(mean_sd, 2).unstack(fill_value="")
-    return markdown_table(table.reset_index(names="Model"))
+# ------------------------------------------------------------------------------------------------ sections
+def data_section(models, data):
+    """Return the numbers of images, and what a reader must know of them; `data` None where they are gone."""
+    recorded = models.data.iloc[0]
+    lines = ["| Split | Images | In a class | Also in an earlier split |", "| --- | ---: | ---: | ---: |"]
+    for split, n in recorded["counts"].items():
+        counts = data.labels[split].bincount().tolist() if data else ["?"]
+        lines.append(
+            f"| {split} | {n:,} | {min(counts)} to {max(counts)} | {recorded['repeated'].get(split, 0):,} |"
+        )
+    table = "\n".join(lines)
+    return f"""\
+{table}
+
+Classes: {textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have
+{" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as
+{" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}.
+Skipped, as no images of a class: {", ".join(f"{n:,} {name}" for name, n in recorded["skipped"].items()) or "none"}.
+Training images of a single colour: {recorded["single_colour"]:,}.
+{"" if "test" in recorded["counts"] else "There is no test/: the reported images chose the best epoch."}"""
+
+
+def sanity_check(run):
+    """Return the result of a model's sanity check, or the command that makes it."""
+    file = Path(os.path.abspath(run.run)).parent / "sanity-check.json"
+    if not file.exists():
+        return f"not made: `{run.command} --sanity-check`"
+    check = common.read_json(file)
+    # What is checked there is a model of that day: its network or options may have changed since.
+    different = ", ".join(common.differences(check["identity"], run.identity))
+    return (
+        f"{'passed' if check['passed'] else 'FAILED'}{different and f', but of another model ({different})'}: "
+        f"{check['images']} images, accuracy {check['accuracy']:.1%}, loss {check['loss']:.4f}"
+    )
+
+
+def model_section(models, hint):
+    """Return what the CNNs or the probes are: the first in full, of the others what differs."""
+    if models.empty:
+        return f"None was trained: {hint}"
+    first = models.iloc[0]
+    rows, lines = [], []
+    for run in models.itertuples():
+        different = common.differences(first.identity, run.identity)
+        row = f"| {run.model} | {run.image_size} | {run.parameters:,} | {run.trained:,} |"
+        rows.append(f"{row} {', '.join(f'{key} {run.options.get(key, str())}' for key in different)} |")
+        # Without what is off, and what only makes it faster.
+        options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
+        lines.append(
+            f"- {run.model}: {run.optimizer.split()[0]}, {', '.join(dict.fromkeys(map(' '.join, options)))}, batches "
+            f"of {run.batch_size}, label smoothing {run.label_smoothing}. Training images: "
+            f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
+        )
+    network = "\n".join(first.network.splitlines()[:24])
+    head = f"| Model | Input (px) | Parameters | Trained | Other than {first.model} |"
+    return "\n".join(["```", network, "```\n", head, "| --- | ---: | ---: | ---: | --- |", *rows, "", *lines])
+
+
+def profile_section(models, profile, hint):
+    """Return the profile's table, and of what data, image size, network and batch it is."""
+    rows = profile["rows"]
+    if not rows:
+        return f"Not measured: {hint}"
+    is_same = profile["images"] == models.data.iloc[0]["sha256"]["train"]
+    return f"""\
+On {profile["machine"]}, of images of {profile["data_dir"]}:
+{"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.
+{"" if is_same else f"These are other images than those of this report: {hint}"}
+Models that are not in it, by their network, image size or batch:
+{", ".join(run.model for run in models.itertuples() if not measured(run, profile)) or "none"}.
+
+{markdown_table([row["cells"] for row in rows])}
+
+{" ".join(profile["notes"])}"""
+
+
+def results_table(sides):
+    """Return a row for each model and number of epochs."""
+    lines = [
+        "| Model | Rate | Tried | Seeds | Best epoch | Steps | Train (%) | Validation (%) | Accuracy (%) | Macro-F1 |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for title, runs in sides.groupby("title", sort=False):
+        run, percent = runs.iloc[0], 100 * runs[["train_accuracy", "val_accuracy", "accuracy"]]
+        lines.append(
+            f"| {title} | {run.schedule} {run.lr:g} | {run.tried} | {run.seeds} | {runs.best_epoch.mean():.1f} | "
+            f"{runs.steps.mean():,.0f} | {' | '.join(mean_sd(percent[name], 2) for name in percent)} | "
+            f"{mean_sd(runs.macro_f1)} |"
+        )
+    return "\n".join(lines)
+
+
+def classes_section(sides, models):
+    """Return the F1 of the hardest classes, a column a model, and each model's most frequent confusions.
+
+    Of the predictions of all seeds together."""
+    classes = models.data.iloc[0]["classes"]
+    f1, lines = pd.DataFrame(index=classes), []
+    for title in models.title:
+        pairs = (
+            sides.loc[sides.title == title, ["labels", "predicted"]]
+            .explode(["labels", "predicted"])
+            .astype(int)
+        )
+        f1[title] = f1_score(*pairs.T.values, labels=range(len(classes)), average=None, zero_division=0)
+        images = pairs.labels.value_counts()
+        wrong = pairs.query("labels != predicted").value_counts().head(5)
+        texts = [f"{classes[i]} as {classes[j]}: {n / images[i]:.1%}" for (i, j), n in wrong.items()]
+        lines.append(f"{title}: {', '.join(texts) or 'none'}")
+    hardest = f1.loc[f1.mean(axis=1).nsmallest(8).index].round(4)
+    return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"
 
 
 def versions_list(frame):
-    """Return what the runs were trained with, and the models whose scripts changed between their runs."""
+    """Return what the runs were trained with, and the scripts that changed between the starts of a model's runs."""
     lines = []
-    scripts = {}
-    for run in frame.itertuples():
-        for found in run.config["environments"]:
-            versions = ", ".join(map(" ".join, found["versions"].items()))
-            lines.append(f"- {found['device']}, precision {found['precision']}: {versions}")
-        first = scripts.setdefault(run.model, run.config["scripts"])
-        if first != run.config["scripts"]:
-            lines.append(f"- {run.model}: its scripts changed between its runs")
-    lines = list(dict.fromkeys(lines))  # each once
-    return "\n".join(lines[:5])
+    for found in itertools.chain(*frame.environments):
+        lines.append(
+            f"{found['device']}, precision {found['precision']}: "
+            f"{', '.join(map(' '.join, found['versions'].items()))}"
+        )
+    for model, scripts in frame.groupby("model").scripts:
+        counts = pd.DataFrame(itertools.chain(*scripts)).nunique()
+        if max(counts) > 1:
+            lines.append(
+                f"{model}: changed between or within its runs: {', '.join(counts.index[counts > 1])}"
+            )
+    return bullets(dict.fromkeys(lines))
 
 
-def first_sections(frame, shown, out):
-    """Return the report up to the profile."""
-    models = longest(shown).drop_duplicates("model").sort_values("model")
-    is_cnn = models.features == "pixels"
+def open_images(run):
+    """Return the images that a run was trained with and reports on, a Data; None if they are gone."""
+    try:
+        data = common.load_data(run.data["path"], run.image_size)
+        if common.differences(run.data["sha256"], data.description["sha256"]):
+            raise UserError(f"{run.data['path']}: has other images now")
+        return data
+    except (OSError, UserError) as error:
+        print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
+
+
+def write_text(frame, sides, models, data, notes, out):
+    """Return the report's sections but 7 and 8."""
+    file = out / "profile.json"
+    profile = common.read_json(file) if file.exists() else {"rows": []}
+    hint = command(frame, "profile_models.py", "--out", out.as_posix())
+    tried = frame[frame.title.isin(sides.title)]
+    rates = tried.pivot_table("val_accuracy", ["when", "schedule", "lr"], "model")
+    train_cnn = command(frame, "train_cnn.py")
+    train_probe = command(frame, "train_vit_probe.py")
     return f"""\
 # CNN against a linear probe on ViT-Tiny
 
+## Summary
+{markdown_table(summary_table(sides, models, profile))}
+
+{bullets(summary_sentences(sides, rates, profile))}
+{"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
+{"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
+
+Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their
+spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals. Seconds: wall time on the
+machine of section 8; of features that one pass made for several probes each has the whole time. A step: of a batch,
+as section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached).
 Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data
-{data_section(frame)}
+{data_section(models, data)}
 
-![A training image of each class, plain and as five epochs see it](augmentation.png)
+![A training image of each class: plain, and as the first epochs see it](augmentation.png)
 
 ## 2 The CNN
-{model_section(models[is_cnn], "train_cnn.py")}
+The network normalises images of 0 to 1 by mean and standard deviation of each channel of the training images.
 
-![Learning curves: means over the seeds, bands from least to most](learning-curves.png)
+{model_section(models.query("features == 'pixels'"), train_cnn)}
+
+![Learning curves: means over the seeds; training: during the epoch, on augmented images](learning-curves.png)
 
 ## 3 The probe on ViT-Tiny
-{model_section(models[~is_cnn], "train_vit_probe.py")}
+{"".join(FROZEN.format(**of) for of in models.backbone.dropna()[:1])}
 
-![Which layer? Validation accuracy by block](which-layer.png)
+{model_section(models.query("features != 'pixels'"), train_probe)}
+
+![Which features? Validation accuracy by the block whose patch tokens are used](which-layer.png)
 
 ## 4 Profile
-{profile_section(out)}
-"""
+{profile_section(models, profile, hint)}
 
-
-def comparison_section(frame, shown, left_out):
-    sides, run = shown.query("compared > 0"), frame.iloc[0]
-    others = "; ".join(sorted(set(frame.title) - set(shown.title)))
-    left_out = "\n- ".join([f"Only in runs.csv: {others or 'nothing'}", *left_out])
-    mistakes = [f"![{title}](mistakes-{i}.png)" for i, title in enumerate(longest(sides).title.unique(), 1)]
-    return f"""
 ## 5 Comparison
-- Accuracy, Macro-F1: on the {run.images:,} {run.split} images; mean ± sd over the seeds (n - 1).
-- Validation: accuracy in the best epoch. It chose the epoch, the learning rate and the schedule.
-- 95% interval: Wilson's, of the accuracy: what other images of the same kind could give.
-- Training: on augmented images, by weights that still change: it can be below validation. Seconds: features + training.
+{results_table(sides)}
 
-{markdown_table(results_table(shown))}
+Validation chose the epoch, and the rate and schedule among those tried.
 
-![Confusion matrices of the lowest seed](confusion.png)
+![Confusion matrices of the lowest seed: a row is a class, its images as they were predicted](confusion.png)
 
 ### Differences
-Only A, only B: images that only one of the two has right. p: McNemar's exact test, the probability of so uneven a \
-split if both were equally good; below 0.05 is usually called a difference. Last column: accuracy in points, mean over \
-the seeds that both have.
+Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
+seeds; where there is one seed, from the images alone: then it speaks of these two runs.
 
-{pairs_table(sides)}
+{bullets(map(": ".join, compare(sides).items()))}
 
 ### Classes
-F1, mean over the seeds; of many classes the eight that are hardest.
+F1 of the hardest classes, and the most frequent confusions, after the most epochs: of all seeds together.
 
-{classes_table(sides)}
+{classes_section(sides, models)}
 
 ### Learning rates
-Validation accuracy (%). More of them: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both training scripts.
+Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
 
-{rates_table(frame, sides)}
-
-![Validation accuracy by learning rate](accuracy-by-lr.png)
+{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(20))}
 
 ### Mistakes
-{" ".join(mistakes)}
+{"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
+
+{" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
 ## 6 What was left out
-- {left_out}"""
+- Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
+{bullets(notes[:8])}"""
 
 
 def main():
@@ -534,32 +717,37 @@ def main():
     parser.add_argument("runs", nargs="*", default=[common.RUNS_DIR], help="folders of runs or models (runs)")
     parser.add_argument("--out", type=Path, default=common.REPORT_DIR, help="folder to write to (report)")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # of libraries and fonts: no reader of the report can act on them
+    matplotlib.rcParams["text.parse_math"] = False  # a class can be called $1
     frame, left_out = read_runs(args.runs)
     for line in left_out:
         print(f"evaluate.py: left out {line}", file=sys.stderr)
-    best = best_settings(frame)
-    shown = select(best)
+    best, notes = best_settings(frame)
+    sides = select(best)
+    # Of each the run of the most epochs and the lowest seed.
+    models = sides.sort_values("epochs", ascending=False, kind="stable").drop_duplicates("model")
     args.out.mkdir(parents=True, exist_ok=True)
-    frame.loc[:, :"images"].to_csv(args.out / "runs.csv", index=False)
-
+    frame[COLUMNS.split()].to_csv(args.out / "runs.csv", index=False)
+    data = open_images(models.iloc[0])
+    if data:
+        find_mistakes(models, data).to_csv(args.out / "mistakes.csv", index=False)
+    text = write_text(frame, sides, models, data, notes + left_out, args.out)
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 7 .*?(?=^## [78] |\Z)", old + ANSWERS, re.M | re.S)[0]
-    text = first_sections(frame, shown, args.out)
-    text += comparison_section(frame, shown, left_out[:5])
-    matplotlib.rcParams["text.parse_math"] = False  # a class can be called $1
     drawn = set()
     try:
-        for name, figure in draw_pictures(frame, best, shown):
-            figure.savefig(args.out / name, dpi=100, bbox_inches="tight")
+        for name, figure in draw_pictures(best, sides, models, data):
+            figure.savefig(args.out / name, dpi=100)
             drawn.add(name)
-    except (FileNotFoundError, UserError) as error:
-        print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
     finally:  # the text is written whatever goes wrong in a picture
-        text = re.sub(r"!\[.*?\]\((.*?)\)", lambda link: link[0] if link[1] in drawn else "", text)
+        text = re.sub(
+            r"!\[(.*?)\]\((.*?)\)", lambda link: f"{link[0]}\n\n*{link[1]}*" * (link[2] in drawn), text
+        )
         common.atomic_write(file, f"{text}\n\n{answers}## 8 Versions\n\n{versions_list(frame)}\n")
-    print(results_table(shown).iloc[:, :5].to_string(index=False))
-    print(f"written: {file}, with runs.csv and pictures beside it")
+    print(
+        f"{text[text.index('|') : text.index('## 1 ')]}written: {file}, with runs.csv and pictures beside it"
+    )
     return 1 if left_out else 0
 
 
