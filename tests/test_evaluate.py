@@ -208,7 +208,7 @@ def test_rate_and_schedule_are_chosen_by_validation_then_loss_never_by_test(run_
         write_run(lr=0.01, seed=seed, val=0.81, test=0.6)
         write_run(lr=0.1, seed=seed, val=0.81, loss=0.6, test=0.9)
         write_run(lr=0.01, schedule="constant", seed=seed, val=0.75, test=0.95)
-    for lr, val in ((0.001, 0.82), (0.01, 0.7)):
+    for lr, val in ((0.001, 0.82), (0.01, 0.7), (0.1, 0.9)):
         write_probe(lr=lr, val=val)
     write_run(lr=0.5, seed=0, val=0.99, test=1.0)  # one seed does not compete
     run_main()
@@ -218,8 +218,8 @@ def test_rate_and_schedule_are_chosen_by_validation_then_loss_never_by_test(run_
     assert "CNN, 2 epochs: cosine 0.5" in report("6 ") and "1 of 2 seeds" in report("6 ")
     rates = {(row["schedule"], row["lr"]): row for row in table("Learning rates")}
     assert rates["cosine", "0.001"]["CNN"] == "80.00" and rates["constant", "0.01"]["CNN"] == "75.00"
-    assert rates["cosine", "0.1"]["ViT-Tiny-class"] == ""
-    assert "ViT-Tiny-class beats CNN at 1 of 2" in report("Summary")
+    assert rates["cosine", "0.5"]["ViT-Tiny-class"] == ""
+    assert "ViT-Tiny-class beats CNN at 2 of 3" in report("Summary")
 
 
 @pytest.mark.parametrize(
