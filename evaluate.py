@@ -35,7 +35,6 @@ from common import UserError
 MAX_MODELS = 6  # in the report, for its 200 lines; the others are in runs.csv
 MAX_CNNS, MAX_PROBES = 4, 2  # of these, where none is named
 MAX_CLASSES = 40  # of a confusion matrix that can still be read
-SIDE = ["model", "epochs"]
 SETTING = ["model", "epochs", "lr", "schedule"]  # runs that agree in these differ by their seeds
 MEASURES = {
     "train_accuracy": "training accuracy",
@@ -48,10 +47,10 @@ run model epochs lr schedule seed features parameters trained feature_seconds se
 val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
 FROZEN = """\
-{name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on
-its features is trained. Images of 0 to 1 are normalised as in its own training, by mean {mean} and standard deviation
-{std}; the features by those of the training images. `class`: the class token after the last block; `last`: with the
-mean of that block's patch tokens; `grid6`: the class token with the patch tokens after block 6, averaged over a 3x3
+{name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on \
+its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
+{std}), the features by those of the training images. `class`: the class token after the last block; `last`: with the \
+mean of that block's patch tokens; `grid6`: the class token with the patch tokens after block 6, averaged over a 3x3 \
 grid."""
 
 ANSWERS = """
@@ -313,7 +312,7 @@ def draw_confusions(sides):
             ax=axes,
             colorbar=False,
         )
-        axes.set_title(f"{shorten(run.title, 36)}, seed {run.seed}")
+        axes.set_title(f"{shorten(run.title, 36)}\nseed {run.seed}")
         axes.label_outer()
     return figure
 
@@ -446,13 +445,13 @@ def summary_table(sides, models, profile):
         for when, runs in sides[sides.model == run.model].groupby("when", sort=False):
             row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
             row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
-            row[f"Steps, {when}"] = f"{runs.steps.mean():,.0f}"
         # `runs` are the last: those of the most epochs.
         seconds = {
             "Training (s)": f"{runs.seconds.mean():.1f}",
             "Features (s)": f"{runs.feature_seconds.mean():.1f}",
         }
-        rows.append(row | seconds | {"A step": measured(run, profile)})
+        steps = f"{' / '.join(map(str, sides[sides.model == run.model].steps.unique()))}"
+        rows.append(row | {"Steps": steps} | seconds | {"A step": measured(run, profile)})
     return pd.DataFrame(rows).fillna("")
 
 
@@ -507,11 +506,11 @@ def data_section(models, data):
     return f"""\
 {table}
 
-Classes: {textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have
-{" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as
-{" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}.
-Skipped, as no images of a class: {", ".join(f"{n:,} {name}" for name, n in recorded["skipped"].items()) or "none"}.
-Training images of a single colour: {recorded["single_colour"]:,}.
+Classes: {textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have \
+{" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as \
+{" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}. \
+Skipped, as no images of a class: {common.list_counts(recorded["skipped"])}. \
+Training images of a single colour: {recorded["single_colour"]:,}. \
 {"" if "test" in recorded["counts"] else "There is no test/: the reported images chose the best epoch."}"""
 
 
@@ -522,7 +521,7 @@ def sanity_check(run):
         return f"not made: `{run.command} --sanity-check`"
     check = common.read_json(file)
     # What is checked there is a model of that day: its network or options may have changed since.
-    different = ", ".join(common.differences(check["identity"], run.identity))
+    different = ", ".join(common.differences(check.get("identity", check), run.identity))
     return (
         f"{'passed' if check['passed'] else 'FAILED'}{different and f', but of another model ({different})'}: "
         f"{check['images']} images, accuracy {check['accuracy']:.1%}, loss {check['loss']:.4f}"
@@ -538,7 +537,9 @@ def model_section(models, hint):
     for run in models.itertuples():
         different = common.differences(first.identity, run.identity)
         row = f"| {run.model} | {run.image_size} | {run.parameters:,} | {run.trained:,} |"
-        rows.append(f"{row} {', '.join(f'{key} {run.options.get(key, str())}' for key in different)} |")
+        rows.append(
+            f"{row} {', '.join(f'{key} {run.options.get(key, str())}'.strip() for key in different)} |"
+        )
         # Without what is off, and what only makes it faster.
         options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
         lines.append(
@@ -546,7 +547,7 @@ def model_section(models, hint):
             f"of {run.batch_size}, label smoothing {run.label_smoothing}. Training images: "
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
-    network = "\n".join(first.network.splitlines()[:24])
+    network = "\n".join(first.network.splitlines()[:26])
     head = f"| Model | Input (px) | Parameters | Trained | Other than {first.model} |"
     return "\n".join(["```", network, "```\n", head, "| --- | ---: | ---: | ---: | --- |", *rows, "", *lines])
 
@@ -628,53 +629,9 @@ def open_images(run):
         print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
 
 
-def write_text(frame, sides, models, data, notes, out):
-    """Return the report's sections but 7 and 8."""
-    file = out / "profile.json"
-    profile = common.read_json(file) if file.exists() else {"rows": []}
-    hint = command(frame, "profile_models.py", "--out", out.as_posix())
-    tried = frame[frame.title.isin(sides.title)]
-    rates = tried.pivot_table("val_accuracy", ["when", "schedule", "lr"], "model")
-    train_cnn = command(frame, "train_cnn.py")
-    train_probe = command(frame, "train_vit_probe.py")
+def comparison_sections(frame, sides, models, data, rates, notes):
+    """Return sections 5 and 6; `rates`: validation accuracies by number of epochs, schedule and rate."""
     return f"""\
-# CNN against a linear probe on ViT-Tiny
-
-## Summary
-{markdown_table(summary_table(sides, models, profile))}
-
-{bullets(summary_sentences(sides, rates, profile))}
-{"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
-{"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
-
-Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their
-spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals. Seconds: wall time on the
-machine of section 8; of features that one pass made for several probes each has the whole time. A step: of a batch,
-as section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached).
-Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
-
-## 1 Data
-{data_section(models, data)}
-
-![A training image of each class: plain, and as the first epochs see it](augmentation.png)
-
-## 2 The CNN
-The network normalises images of 0 to 1 by mean and standard deviation of each channel of the training images.
-
-{model_section(models.query("features == 'pixels'"), train_cnn)}
-
-![Learning curves: means over the seeds; training: during the epoch, on augmented images](learning-curves.png)
-
-## 3 The probe on ViT-Tiny
-{"".join(FROZEN.format(**{"mean": "?", "std": "?"} | of) for of in models.backbone.dropna()[:1])}
-
-{model_section(models.query("features != 'pixels'"), train_probe)}
-
-![Which features? Validation accuracy by the block whose patch tokens are used](which-layer.png)
-
-## 4 Profile
-{profile_section(models, profile, hint)}
-
 ## 5 Comparison
 {results_table(sides)}
 
@@ -696,7 +653,7 @@ F1 of the hardest classes, and the most frequent confusions, after the most epoc
 ### Learning rates
 Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
 
-{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(20))}
+{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(10))}
 
 ### Mistakes
 {"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
@@ -705,7 +662,57 @@ Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --sche
 
 ## 6 What was left out
 - Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
-{bullets(notes[:8])}"""
+{bullets(notes[:5])}"""
+
+
+def write_text(frame, sides, models, data, notes, out):
+    """Return the report's sections but 7 and 8."""
+    file = out / "profile.json"
+    profile = common.read_json(file) if file.exists() else {"rows": []}
+    hint = command(frame, "profile_models.py", "--out", out.as_posix())
+    tried = frame[frame.title.isin(sides.title)]
+    rates = tried.pivot_table("val_accuracy", ["when", "schedule", "lr"], "model")
+    train_cnn = command(frame, "train_cnn.py")
+    train_probe = command(frame, "train_vit_probe.py")
+    return f"""\
+# CNN against a linear probe on ViT-Tiny
+
+## Summary
+{markdown_table(summary_table(sides, models, profile))}
+
+{bullets(summary_sentences(sides, rates, profile))}
+{"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
+{"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
+
+Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
+spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals. Seconds: wall time on \
+the machine of section 8; of features that one pass made for several probes each has the whole time. A step: of a \
+batch, as in section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached). \
+Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
+
+## 1 Data
+{data_section(models, data)}
+
+![A training image of each class: plain, and as the first epochs see it](augmentation.png)
+
+## 2 The CNN
+The network normalises images of 0 to 1 by mean and standard deviation of each channel of the training images.
+
+{model_section(models.query("features == 'pixels'"), train_cnn)}
+
+![Learning curves: means over the seeds; training: during the epoch, on augmented images](learning-curves.png)
+
+## 3 The probe on ViT-Tiny
+{"".join(FROZEN.format(**dict.fromkeys(("mean", "std"), "not recorded") | of) for of in models.backbone.dropna()[:1])}
+
+{model_section(models.query("features != 'pixels'"), train_probe)}
+
+![Which features? Validation accuracy by the block whose patch tokens are used](which-layer.png)
+
+## 4 Profile
+{profile_section(models, profile, hint)}
+
+{comparison_sections(frame, sides, models, data, rates, notes)}"""
 
 
 def main():
@@ -738,7 +745,7 @@ def main():
             drawn.add(name)
     finally:  # the text is written whatever goes wrong in a picture
         text = re.sub(
-            r"!\[(.*?)\]\((.*?)\)", lambda link: f"{link[0]}\n\n*{link[1]}*" * (link[2] in drawn), text
+            r"!\[(.*?)\]\((.*?)\)", lambda link: f"{link[0]}<br>*{link[1]}*" * (link[2] in drawn), text
         )
         common.atomic_write(file, f"{text}\n\n{answers}## 8 Versions\n\n{versions_list(frame)}\n")
     print(

@@ -488,8 +488,8 @@ def test_lines_are_means_over_the_seeds_in_one_colour_a_model():
 
 
 def test_confusion_matrices_are_shares_of_the_rows():
-    runs = {f"CNN, 2 epochs, seed {seed}": write_run(seed=seed, test=0.7) for seed in (5, 3)}
-    runs["ViT-Tiny-class, 2 epochs, seed 4"] = write_probe(seed=4, test=0.6)
+    runs = {f"CNN, 2 epochs\nseed {seed}": write_run(seed=seed, test=0.7) for seed in (5, 3)}
+    runs["ViT-Tiny-class, 2 epochs\nseed 4"] = write_probe(seed=4, test=0.6)
     figure = draw()["confusion.png"]
     assert [axes.get_title() for axes in figure.axes] == list(runs)[1:]
     for axes in figure.axes:
