@@ -75,7 +75,7 @@ def test_report(profiled):
     assert not (folder / "runs").exists() and not (folder / "features").exists()
 
 
-def test_parameters_and_operations_equal_counting(profiled):
+def test_parameters_equal_counting(profiled):
     cnn, vit, cached = (row["cells"] for row in profiled[1]["rows"])
     linear = 192 * 6 + 6
     tokens, width = 14 * 14 + 1, 192
@@ -86,12 +86,6 @@ def test_parameters_and_operations_equal_counting(profiled):
         assert (number(row["Parameters"]), number(row["Trained"])) == (backbone + linear, linear)
     parameters = 9 * (1 * 32 + 32 * 64 + 64 * 128) + 2 * (32 + 64 + 128) + 128 * 9 * 6 + 6
     assert number(cnn["Parameters"]) == number(cnn["Trained"]) == parameters
-    products = 9 * (32 * 28**2 + 32 * 64 * 14**2 + 64 * 128 * 7**2) + 128 * 9 * 6
-    assert number(cnn["MFLOPs an image"]) == pytest.approx(2 * products / 1e6, rel=1e-3)
-    assert number(cached["MFLOPs an image"]) == pytest.approx(2 * 192 * 6 / 1e6, rel=1e-3)
-    block = tokens * width * (3 + 1 + 4 + 4) * width + 2 * tokens**2 * width
-    products = 14 * 14 * 16 * 16 * 3 * width + 12 * block + 192 * 6
-    assert number(vit["MFLOPs an image"]) == pytest.approx(2 * products / 1e6, rel=1e-3)
 
 
 @pytest.mark.parametrize("row", ["cnn", "vit", "cached"])
