@@ -632,6 +632,42 @@ def open_images(run):
         print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
 
 
+def comparison_section(frame, sides, models, data, rates, notes):
+    """Return sections 5 and 6."""
+    return f"""\
+## 5 Comparison
+{results_table(sides)}
+
+Validation chose the epoch, and the rate and schedule among those tried.
+
+![Confusion matrices of the lowest seed: a row is a class, its images as they were predicted](confusion.png)
+
+### Differences
+Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
+seeds; where there is one seed, from the images alone: then it speaks of these two runs.
+
+{bullets(map(": ".join, compare(sides).items()))}
+
+### Classes
+F1 of the hardest classes, and the most frequent confusions, after the most epochs: of all seeds together.
+
+{classes_section(sides, models)}
+
+### Learning rates
+Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
+
+{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(20))}
+
+### Mistakes
+{"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
+
+{" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
+
+## 6 What was left out
+- Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
+{bullets(notes[:8])}"""
+
+
 def write_text(frame, sides, models, data, notes, out):
     """Return the report's sections but 7 and 8."""
     file = out / "profile.json"
@@ -679,37 +715,7 @@ The network normalises images of 0 to 1 by mean and standard deviation of each c
 ## 4 Profile
 {profile_section(models, profile, hint)}
 
-## 5 Comparison
-{results_table(sides)}
-
-Validation chose the epoch, and the rate and schedule among those tried.
-
-![Confusion matrices of the lowest seed: a row is a class, its images as they were predicted](confusion.png)
-
-### Differences
-Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
-seeds; where there is one seed, from the images alone: then it speaks of these two runs.
-
-{bullets(map(": ".join, compare(sides).items()))}
-
-### Classes
-F1 of the hardest classes, and the most frequent confusions, after the most epochs: of all seeds together.
-
-{classes_section(sides, models)}
-
-### Learning rates
-Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
-
-{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(20))}
-
-### Mistakes
-{"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
-
-{" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
-
-## 6 What was left out
-- Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
-{bullets(notes[:8])}"""
+{comparison_section(frame, sides, models, data, rates, notes)}"""
 
 
 def main():
