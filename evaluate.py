@@ -309,6 +309,7 @@ def draw_confusions(sides):
             display_labels=classes,
             include_values=len(classes) <= 12,  # more cannot be read
             values_format=".1%",
+            text_kw={"fontsize": 8},
             xticks_rotation="vertical",
             cmap="Blues",
             ax=axes,
