@@ -43,10 +43,9 @@ MEASURES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
 }
-COLUMNS = (
-    "run model epochs lr schedule seed features parameters trained feature_seconds seconds steps best_epoch"
-)
-COLUMNS += " train_accuracy val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"
+COLUMNS = """
+run model epochs lr schedule seed features parameters trained feature_seconds seconds steps best_epoch train_accuracy
+val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
 FROZEN = """\
 {name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on
@@ -123,18 +122,17 @@ def read_run(folder):
 def read_runs(names):
     """Read the runs in and below the folders `names`.
 
-    Returns a data frame with a row a run, and lines on what is left out. `named`: the place in `names` of the folder of
-    a model or a run, else missing. Raises UserError when no run can be read."""
+    Returns a data frame with a row a run, and lines on what is left out. `named`: in `names` is its own folder or
+    that of its model. Raises UserError when no run can be read."""
     rows, left_out = [], []
-    for place, name in enumerate(names):
+    for name in names:
         root = Path(os.path.relpath(name))
         if not root.is_dir():
             raise UserError(f"{name}: no such folder")
         folders = [here for here, files in common.walk(root) if "config.json" in files]
         for folder in folders or [root]:
-            named = place if root in (folder, folder.parent) else None
             try:
-                rows.append(read_run(folder) | {"named": named})
+                rows.append(read_run(folder) | {"named": root in (folder, folder.parent)})
             except Exception as error:  # of JSON, of tensors, of values: many kinds
                 why = error if isinstance(error, UserError) else f"damaged, or of other scripts ({error!r})"
                 left_out.append(f"{folder}: {why}")
@@ -179,14 +177,15 @@ def best_settings(frame):
         seeds = settings.size()
         # The loss decides only where accuracies are equal.
         validation = settings.val_accuracy.mean() - 1e-9 * settings.val_loss.mean()
-        equal = validation[seeds == seeds.max()]
+        most = seeds.max()
+        equal = validation[seeds == most]
         chosen = settings.get_group(equal.idxmax())
-        best.append(chosen.assign(seeds=seeds.max(), tried=len(equal), validation=equal.max()))
+        best.append(chosen.assign(seeds=most, tried=len(equal), validation=equal.max()))
         top = validation.idxmax()
-        if seeds[top] < seeds.max():
+        if seeds[top] < most:
             lines.append(
                 f"{chosen.title.iloc[0]}: {top[0]} {top[1]:g} is better by validation ({validation.max():.2%}) than "
-                f"what is reported ({equal.max():.2%}), but has {seeds[top]} of {seeds.max()} seeds: train the others"
+                f"what is reported ({equal.max():.2%}), but has {seeds[top]} of {most} seeds: train the others"
             )
     return pd.concat(best), lines
 
@@ -203,7 +202,7 @@ def list_models(best):
 
     Those that are named on the command line; else CNNs, the one without options first, then the probe on the class
     token and the best other one by validation: at the most epochs that are shared, of those with the most seeds."""
-    named = best.dropna(subset="named").sort_values("named").model.unique()
+    named = best[best.named].sort_index().model.unique()
     if len(named):
         return dict.fromkeys(named[:MAX_MODELS], "")
     best = best[~best.is_control | best.is_control.all()]
@@ -339,9 +338,13 @@ def find_mistakes(models, data):
     classes = np.array(data.classes)
     tables = []
     for run in models.itertuples():
-        table = pd.DataFrame({"model": run.title, "file": files, "true": classes[run.labels]})
-        table = table.assign(predicted=classes[run.predicted], confidence=run.confidence)
-        tables.append(table[~run.right].sort_values("confidence", ascending=False))
+        columns = {
+            "true": classes[run.labels],
+            "predicted": classes[run.predicted],
+            "confidence": run.confidence,
+        }
+        table = pd.DataFrame({"model": run.title, "file": files, **columns})[~run.right]
+        tables.append(table.sort_values("confidence", ascending=False))
     return pd.concat(tables)
 
 
@@ -376,8 +379,7 @@ def draw_pictures(best, sides, models, data):
     block = probes.features.str.extract(r"(\d+)", expand=False).astype(float)
     if block.nunique() > 2:
         line = probes.model.str.replace(r"grid\d+", "grid", n=1, regex=True)
-        others = MAX_MODELS + line.rank(method="dense").astype(int)
-        color = line.map(models.set_index("model").color).fillna("C" + others.astype(str))
+        color = line.map(models.set_index("model").color).fillna("gray")
         panel = "validation accuracy, " + probes.when
         probes = probes.assign(
             value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel
@@ -446,12 +448,12 @@ def summary_table(sides, models, profile):
             row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
             row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
             row[f"Steps, {when}"] = f"{runs.steps.mean():,.0f}"
-        # Of the last: the most epochs.
-        row |= {
+        # `runs` are the last: those of the most epochs.
+        seconds = {
             "Training (s)": f"{runs.seconds.mean():.1f}",
             "Features (s)": f"{runs.feature_seconds.mean():.1f}",
         }
-        rows.append(row | {"A step": measured(run, profile)})
+        rows.append(row | seconds | {"A step": measured(run, profile)})
     return pd.DataFrame(rows).fillna("")
 
 
@@ -486,8 +488,8 @@ def summary_sentences(sides, rates, profile):
     first, *others = sides.model.unique()
     for model in others:
         for when, pairs in rates[[first, model]].dropna().groupby("when"):
-            better = f"{sum(pairs[model] > pairs[first])} of {len(pairs)} pairs of rate and schedule"
-            rows.append({"Other rates, by validation": f"after {when} {model} beats {first} at {better}"})
+            text = f"after {when} {model} beats {first} at {sum(pairs[model] > pairs[first])} of {len(pairs)} pairs"
+            rows.append({"Other pairs of rate and schedule, by validation": text})
     clauses = pd.DataFrame(rows)
     return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
 
@@ -575,11 +577,11 @@ def results_table(sides):
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for title, runs in sides.groupby("title", sort=False):
-        run, percent = runs.iloc[0], 100 * runs[["train_accuracy", "val_accuracy", "accuracy"]]
+        run = runs.iloc[0]
         lines.append(
             f"| {title} | {run.schedule} {run.lr:g} | {run.tried} | {run.seeds} | {runs.best_epoch.mean():.1f} | "
-            f"{runs.steps.mean():,.0f} | {' | '.join(mean_sd(percent[name], 2) for name in percent)} | "
-            f"{mean_sd(runs.macro_f1)} |"
+            f"{runs.steps.mean():,.0f} | {mean_sd(100 * runs.train_accuracy, 2)} | "
+            f"{mean_sd(100 * runs.val_accuracy, 2)} | {mean_sd(100 * runs.accuracy, 2)} | {mean_sd(runs.macro_f1)} |"
         )
     return "\n".join(lines)
 
@@ -588,31 +590,25 @@ def classes_section(sides, models):
     """Return the F1 of the hardest classes, a column a model, and each model's most frequent confusions.
 
     Of the predictions of all seeds together."""
-    classes = models.data.iloc[0]["classes"]
-    f1, lines = pd.DataFrame(index=classes), []
-    for title in models.title:
-        pairs = (
-            sides.loc[sides.title == title, ["labels", "predicted"]]
-            .explode(["labels", "predicted"])
-            .astype(int)
-        )
-        f1[title] = f1_score(*pairs.T.values, labels=range(len(classes)), average=None, zero_division=0)
+    names = models.data.iloc[0]["classes"]
+    f1, lines = pd.DataFrame(index=names), []
+    for title, runs in sides[sides.title.isin(models.title)].groupby("title", sort=False):
+        pairs = runs[["labels", "predicted"]].explode(["labels", "predicted"]).astype(int)
+        f1[title] = f1_score(*pairs.T.values, labels=range(len(names)), average=None, zero_division=0)
         images = pairs.labels.value_counts()
-        wrong = pairs.query("labels != predicted").value_counts().head(5)
-        texts = [f"{classes[i]} as {classes[j]}: {n / images[i]:.1%}" for (i, j), n in wrong.items()]
-        lines.append(f"{title}: {', '.join(texts) or 'none'}")
+        top = pairs.query("labels != predicted").value_counts().head(5)
+        confusions = (f"{names[a]} as {names[b]}: {n / images[a]:.1%}" for (a, b), n in top.items())
+        lines.append(f"{title}: {', '.join(confusions) or 'none'}")
     hardest = f1.loc[f1.mean(axis=1).nsmallest(8).index].round(4)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"
 
 
 def versions_list(frame):
     """Return what the runs were trained with, and the scripts that changed between the starts of a model's runs."""
-    lines = []
-    for found in itertools.chain(*frame.environments):
-        lines.append(
-            f"{found['device']}, precision {found['precision']}: "
-            f"{', '.join(map(' '.join, found['versions'].items()))}"
-        )
+    lines = [
+        f"{of['device']}, precision {of['precision']}: {', '.join(map(' '.join, of['versions'].items()))}"
+        for of in itertools.chain(*frame.environments)
+    ]
     for model, scripts in frame.groupby("model").scripts:
         counts = pd.DataFrame(itertools.chain(*scripts)).nunique()
         if max(counts) > 1:
@@ -707,7 +703,7 @@ The network normalises images of 0 to 1 by mean and standard deviation of each c
 ![Learning curves: means over the seeds; training: during the epoch, on augmented images](learning-curves.png)
 
 ## 3 The probe on ViT-Tiny
-{"".join(FROZEN.format(**of) for of in models.backbone.dropna()[:1])}
+{"".join(FROZEN.format(**{"mean": "?", "std": "?"} | of) for of in models.backbone.dropna()[:1])}
 
 {model_section(models.query("features != 'pixels'"), train_probe)}
 
