@@ -48,12 +48,6 @@ def number(cell):
     return float(cell.replace(",", "").rstrip("%"))
 
 
-def trace(folder, row, epochs):
-    """Return a trace's events that last."""
-    file = folder / "profile" / f"{row}-{epochs}-epochs.trace.json.gz"
-    return [e for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] if "dur" in e]
-
-
 def test_report(profiled):
     folder, profile = profiled
     text = (folder / "out" / "profile.md").read_text()
@@ -91,7 +85,9 @@ def test_parameters_equal_counting(profiled):
 @pytest.mark.parametrize("row", ["cnn", "vit", "cached"])
 def test_traces_have_the_steps_asked_for_and_spans_hold_what_they_name(profiled, row):
     for epochs, steps in (1, 3), (3, 2):  # of an epoch's three; six by --steps
-        events = trace(profiled[0], row, epochs)
+        file = profiled[0] / "profile" / f"{row}-{epochs}-epochs.trace.json.gz"
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        events = [event for event in events if "dur" in event]  # those that last
         count = collections.Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
         assert [count[name] for name in SPANS] == [epochs * steps] * 2
         names = {event["name"] for event in events}
