@@ -178,22 +178,12 @@ def image_files(folder):
 
 def is_deep(image):
     """Return a true value for an opened image of more than 8 bits a channel, also where Pillow calls it RGB."""
-    tile, stream = (
-        str(getattr(image, "tile", "")),
-        b"",
-    )  # what Pillow tells its decoder; empty once it is loaded
-    if "jpeg2k" in tile:
-        image.fp.seek(0)
-        stream = image.fp.read()
-    return (
-        image.mode[0] in "IF"  # integers or floats of 16 or 32 bits
-        # The raw mode of PNG, TIFF, SGI and others; of PPM the largest value, from 256 to 65535.
-        or re.search(r";16[BLN]|SGI16|'ppm.*', (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)", tile)
-        # Of planar TIFF the mode does not tell, but BitsPerSample.
-        or max(getattr(image, "tag_v2", {}).get(258, ()), default=8) > 8
-        # Of JPEG 2000 the SIZ marker, 38 bytes further on: a sign bit and the number of bits less one.
-        or re.search(rb"\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]", stream, re.DOTALL)
-    )
+    tile = str(getattr(image, "tile", ""))  # what Pillow tells its decoder; empty once the image is loaded
+    bits = getattr(image, "tag_v2", {}).get(258, ())  # BitsPerSample of TIFF
+    # I and F are modes of 16 or 32 bits. The raw mode of PNG, TIFF and others has 16 in it; of PPM the largest value is
+    # told, 256 to 65535; of JPEG 2000 nothing is, so that is refused whatever it has.
+    deep = r";16[BLN]|SGI16|jpeg2k|'ppm.*', (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)"
+    return image.mode[0] in "IF" or max(bits, default=8) > 8 or re.search(deep, tile)
 
 
 def decode(file):
@@ -209,7 +199,7 @@ def decode(file):
                 raise ValueError("is no image")
             image = Image.open(file)
         if is_deep(image):
-            raise ValueError("more than 8 bits a channel: convert it to 8-bit grey or RGB")
+            raise ValueError("more than 8 bits a channel, or JPEG 2000: convert it to 8-bit grey or RGB")
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF, of a dozen kinds: the pixels are fine
             image = ImageOps.exif_transpose(image)

@@ -307,6 +307,7 @@ def draw_confusions(sides):
             display_labels=classes,
             include_values=len(classes) <= 12,  # more cannot be read
             values_format=".1%",
+            text_kw={"fontsize": 8},
             xticks_rotation="vertical",
             cmap="Blues",
             ax=axes,
@@ -629,7 +630,7 @@ def open_images(run):
         print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
 
 
-def comparison_sections(frame, sides, models, data, rates, notes):
+def comparison_section(frame, sides, models, data, rates, notes):
     """Return sections 5 and 6; `rates`: validation accuracies by number of epochs, schedule and rate."""
     return f"""\
 ## 5 Comparison
@@ -712,7 +713,7 @@ The network normalises images of 0 to 1 by mean and standard deviation of each c
 ## 4 Profile
 {profile_section(models, profile, hint)}
 
-{comparison_sections(frame, sides, models, data, rates, notes)}"""
+{comparison_section(frame, sides, models, data, rates, notes)}"""
 
 
 def main():

@@ -146,7 +146,8 @@ def find_classes(folder, folders, split="train"):
 def read_folder(root, source, skipped):
     """Return the Items of a folder; count in `skipped` what else is there."""
     images, others = common.image_files(root)
-    skipped[f"not read by Pillow ({common.list_counts(common.count_suffixes(others))})"] = len(others)
+    suffixes = common.list_counts(common.count_suffixes(others))
+    skipped[f"not read by Pillow ({suffixes})"] = len(others)
     paths = [source / file.relative_to(root) for file in images]
     folders = defaultdict(set)
     for folder in paths:
@@ -159,7 +160,8 @@ def read_folder(root, source, skipped):
             items.append(Item(*found[folder], path, file))
         else:
             outside[path.parent] += 1
-    skipped[f"in no folder of a class ({common.list_counts(outside)})"] = outside.total()
+    where = common.list_counts(outside)
+    skipped[f"in no folder of a class ({where})"] = outside.total()
     return items
 
 

@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import train_cnn
@@ -43,7 +41,6 @@ NOTES = [
     "Waiting for data: share of a step until its batch is there. The loader is one batch ahead: a step waits while the "
     "next batch is cropped and flipped.",
     "Before: memory held before the first step, by libraries, images and model.",
-    "MFLOPs: of a forward pass of one image, 2 for a multiply-add (torch.utils.flop_counter).",
     "Device idle (on a GPU): share of the steps' time in which it computes and copies nothing.",
     "Cached features take their forward passes once, before the training: they are not in that row.",
     "Traces, in profile/, hold the first steps of each epoch, with the spans data and Optimizer.step. Open them at "
@@ -136,16 +133,6 @@ def train(accelerator, prepared, epochs, steps):
     return np.reshape(seconds, (-1, 2))
 
 
-def count_mflops(model, dataset):
-    """Return the MFLOPs of a forward pass of one training image."""
-    inputs, _ = dataset.__getitems__([0])
-    # The counter does not know the CPU's fused attention: the plain one has the same products.
-    plain = sdpa_kernel(SDPBackend.MATH)
-    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
-        model.eval()(inputs)
-    return counter.get_total_flops() / 1e6
-
-
 def busy_seconds(events):
     """Return the seconds in which a GPU computed or copied, by a trace's `events`: a list of dicts, in microseconds."""
     # All of it waits in one queue, so nothing overlaps. Spans such as Optimizer.step are there too, as annotations.
@@ -158,7 +145,7 @@ def measure(row, args):
     accelerator = common.make_accelerator(args.mixed_precision)
     device = accelerator.device
     prepared, network, data = prepare(row, args, accelerator)
-    _, _, model, _, loader = prepared
+    loader = prepared[-1]
     count = args.steps or (10 if row == "vit" and device.type == "cpu" else 150)
     steps = min(count, len(loader))
     peak_note, before = reset_peak(device), peak_memory(device)
@@ -176,7 +163,6 @@ def measure(row, args):
         "Before (MB)": f"{before:,.0f}" if before else "",
         "Parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "Trained": f"{sum(p.numel() for p in network.parameters() if p.requires_grad):,}",
-        "MFLOPs an image": f"{count_mflops(model, loader.dataset):,.4g}",
     }
     for number in args.epochs:
         path = TRACES / f"{row}-{number}-epochs.trace.json.gz"

@@ -1,7 +1,7 @@
 """Train a linear probe: one linear layer on the features of a frozen, pretrained ViT-Tiny.
 
     python train_vit_probe.py --epochs 10
-    python train_vit_probe.py --features class grid6 --lr 1e-3 5e-3     (a sweep: four runs, one after another)
+    python train_vit_probe.py --features class grid6 --lr 5e-3 1e-2     (a sweep: four runs, one after another)
     python train_vit_probe.py --data-dir my-data                        (own images)
     python train_vit_probe.py --sanity-check                            (only overfit four batches)
     accelerate launch train_vit_probe.py --epochs 10                    (GPUs; see README)
@@ -9,7 +9,7 @@
 Reads data/{train,val,test}/<class>/* (the default data are made from archive.zip when missing) and the weights:
 --weights FILE, else the file that VIT_TINY_WEIGHTS names, else timm's on the Hugging Face hub; without any of them the
 features of the default images in vit_features.safetensors. Writes features/ (a cache) and runs/<model>/<setting>/,
-such as runs/ViT-Tiny-class/e10-lr0.005-cosine-s0/, with the files that train_cnn.py names.
+such as runs/ViT-Tiny-class/e10-lr0.01-cosine-s0/, with the files that train_cnn.py names.
 
 A ViT cuts its image into patches (224 x 224 px into 14 x 14 patches of 16 x 16 px) and describes each by a vector of
 192 values, a token. One more token, the class token, belongs to no patch: it collects what the image shows. Twelve
@@ -454,7 +454,7 @@ def feature_name(text):
 
 def make_parser():
     """Return the parser of the command line; common.py has the options that both scripts share."""
-    parser = common.training_parser(__doc__, lr=5e-3, image_size=224)
+    parser = common.training_parser(__doc__, lr=1e-2, image_size=224)
     add = parser.add_argument
     add(
         "--features",

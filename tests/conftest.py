@@ -1,21 +1,24 @@
-"""Shared by the tests: the repository on the path, one thread a process, data, and a way to run the scripts."""
+"""Shared by the tests: data, ways to run the scripts, and what is asserted of them."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import forked
 import pytest
+import torch
+import torch.nn.functional as F
+from forked import ROOT
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import common
+
 WEIGHTS = os.environ.get("VIT_TINY_WEIGHTS")
 needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS names no weights")
+weights_file = pytest.param(WEIGHTS, marks=needs_weights)
 
 
 def run_script(name, *args, cwd, env=None, timeout=300):
@@ -28,6 +31,29 @@ def run_script(name, *args, cwd, env=None, timeout=300):
 def metrics(run):
     """Return the lines of a run's metrics.jsonl, as dicts."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_config(run):
+    """Return a run's config.json."""
+    return json.loads((run / "config.json").read_text())
+
+
+def plain_training(network, get_batch, optimizer, config, epochs):
+    """Train on 48 images by a loop of torch's parts; returns the loss of each step, without label smoothing."""
+    order, losses = torch.Generator(), []
+    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=list)
+    for epoch in range(epochs):
+        order.manual_seed(common.key_seed(config["seed"], "order", epoch))
+        for indices in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = config["lr"] * common.cosine(len(losses), 3 * len(loader))
+            x, y = get_batch(epoch, indices)
+            logits = network(x)
+            losses.append(F.cross_entropy(logits, y).item())
+            optimizer.zero_grad()
+            F.cross_entropy(logits, y, label_smoothing=0.1).backward()
+            optimizer.step()
+    return losses
 
 
 def assert_user_error(result, *parts):
@@ -54,6 +80,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def fresh(folder, tmp_path):
+    """A folder with the data of `folder` and no run."""
+    (tmp_path / "data").symlink_to(folder / "data")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def default_data(tmp_path_factory):
     """The default data, prepared once: a folder that holds data/."""
@@ -74,14 +107,7 @@ def first_images(source, folder, **counts):
     return folder
 
 
-@pytest.fixture(scope="session")
-def small_data(default_data, tmp_path_factory):
-    """An ImageFolder with 40 + 17 + 19 real images a class, 6 classes: a folder that holds data/."""
-    return first_images(default_data, tmp_path_factory.mktemp("small"), train=40, val=17, test=19)
-
-
 @pytest.fixture
-def workdir(small_data, tmp_path):
-    """A fresh folder whose data/ is the small data."""
-    (tmp_path / "data").symlink_to(small_data / "data")
-    return tmp_path
+def workdir(default_data, tmp_path):
+    """A folder whose data/ has 40 + 17 + 19 real images a class, 6 classes."""
+    return first_images(default_data, tmp_path, train=40, val=17, test=19)

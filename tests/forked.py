@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: conftest.py begins with this module
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch.utils.tensorboard", "accelerate", "timm", "torch._dynamo"])
 
@@ -86,6 +88,21 @@ def at_place(act):
     register_optimizer_step_post_hook(lambda *args: act("after a step"))
 
 
+class Command:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def be_offline():
+    """Hook: there is no network, and the hub's cache is empty."""
+    import huggingface_hub
+
+    huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
+    huggingface_hub.try_to_load_from_cache = lambda *args, **more: None
+
+
 def die_at(place, count, by=signal.SIGKILL):
     """Hook: send this process a signal when it comes to `place` for the `count`-th time."""
     places = []
@@ -148,8 +165,20 @@ def run(script, *args, cwd, **more):
     return finish(start(script, *args, cwd=cwd, **more))
 
 
-def start_pair(script, *args, cwd, env=None, processes=2, **more):
-    """Start `script` as processes that find each other, with the environment that torchrun gives them."""
+def assert_ended_well(*results):
+    """Assert exit code 0 and nothing on stderr."""
+    for result in results:
+        assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def train(script, *args, cwd, **more):
+    """Run a training script that must end well; returns the run folders below `cwd`, sorted."""
+    assert_ended_well(run(script, *args, cwd=cwd, **more))
+    return sorted(cwd.glob("runs/*/*/"))
+
+
+def run_pair(script, *args, cwd, env=None, processes=2, **more):
+    """Run `script` as processes that find each other, by the environment of torchrun; returns all results."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,9 +188,4 @@ def start_pair(script, *args, cwd, env=None, processes=2, **more):
     for rank in map(str, range(processes)):
         ranks = {"RANK": rank, "LOCAL_RANK": rank}
         started.append(start(script, *args, cwd=cwd, env=env | ranks, output=f"output{rank}", **more))
-    return started
-
-
-def run_pair(script, *args, cwd, **more):
-    """Run `script` as `start_pair` does; returns the results of all processes."""
-    return [finish(process) for process in start_pair(script, *args, cwd=cwd, **more)]
+    return [finish(process) for process in started]

@@ -314,9 +314,8 @@ def test_hidden_and_system_files_are_no_images_and_others_are_said(root, capsys)
 
 def test_the_datas_hash_is_of_pixels_and_labels(root):
     hashes = [common.load_data(str(root)).description["sha256"]]
-    (root / "train" / "class0" / "002.png").rename(
-        root / "train" / "class1" / "!.png"
-    )  # the order is the same
+    moved = root / "train" / "class0" / "002.png"
+    moved.rename(root / "train" / "class1" / "!.png")  # the order is the same
     hashes.append(common.load_data(str(root)).description["sha256"])
     noise(28).save(root / "val" / "class2" / "001.png")
     hashes.append(common.load_data(str(root)).description["sha256"])

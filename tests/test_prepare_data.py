@@ -230,10 +230,8 @@ def test_a_zip_and_a_folder_of_any_layout_give_the_same_splits(prepare, tmp_path
 
 SHARES = [("", "", (64, 16, 20), 0), ("", "--per-class 30 --test-fraction 0.1", (24, 6, 10), 120)]
 SHARES += [("", "--per-class all --val-fraction 0.5 --test-fraction 0", (50, 50), 0)]
-SHARES += [
-    ("train Val testing", "", (100,) * 3, 0),
-    ("train Val testing", "--per-class 30", (15, 15, 100), 340),
-]
+SHARES += [("train Val testing", "", (100,) * 3, 0)]
+SHARES += [("train Val testing", "--per-class 30", (15, 15, 100), 340)]
 SHARES += [("Training test", "--per-class 50", (40, 10, 100), 100)]
 
 
@@ -276,11 +274,8 @@ def test_an_image_in_two_classes_is_named_and_left_out_of_both(prepare, tmp_path
 
 # Folders; images a class in train, val and test; classes. A folder that ends in a colon has images itself.
 NEW, TEST = (3, 1, 1), (4, 1, 5)  # the source has no splits, or a test/
-LAYOUTS = [
-    (".", NEW, "train car plane"),
-    (".", NEW, "mask no_mask test_tube"),
-    (".", NEW, "кошка 猫 test_猫"),
-]
+LAYOUTS = [(".", NEW, "train car plane"), (".", NEW, "mask no_mask test_tube")]
+LAYOUTS += [(".", NEW, "кошка 猫 test_猫")]
 LAYOUTS += [(".", NEW, "train_station bus_station airport"), ("train test", TEST, "train car plane")]
 LAYOUTS += [("training_set/training_set test_set/test_set", TEST, "cat dog"), (". test", TEST, "cat dog")]
 LAYOUTS += [("a/seg_train/seg_train a/seg_test/seg_test a/seg_pred:", TEST, "cat dog")]
@@ -384,20 +379,18 @@ def deep_images():
     entries[2] = struct.pack("<2H2I", 258, 3, 3, 8)
     head = struct.pack("<2sHI3H2x6I", b"II", 42, 40 + len(planes), *[16] * 3, *[40, 112, 184], *[72] * 3)
     tiff = head + planes + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    jp2 = saved(1, "JPEG2000")
-    start = jp2.index(b"\xff\x4f\xff\x51") + 42
-    jp2 = jp2[:start] + bytes([15, 1, 1] * 3) + jp2[start + 9 :]
-    return {"tif": tiff, "ppm": b"P6 6 6 65535 " + values.tobytes(), "jp2": jp2, "pgm": b"P2 1 1 999 5 "}
+    return {"tif": tiff, "ppm": b"P6 6 6 65535 " + values.tobytes(), "pgm": b"P2 1 1 999 5 "}
 
 
 def test_damaged_and_refused_images_are_named(prepare, tmp_path):
     files = {f"cat/bad{i}.png": saved(i)[:70] for i in range(4)}
     files["dog/deep.png"] = saved(noise(1, 6, 6).astype(np.uint16))
     files["dog/float.tiff"] = saved(np.ones((6, 6), np.float32), "TIFF")
+    files["dog/any.jp2"] = saved(1, "JPEG2000")  # Pillow does not tell its bits: refused whatever they are
     files |= {f"dog/deep.{suffix}": data for suffix, data in deep_images().items()}
     archive = write(tmp_path / "s.zip", CAT_DOG | files)
     result = prepare("--source", archive)
-    assert_user_error(result, "s.zip/cat/bad0.png", "bad3.png", "dog/deep.jp2", "10 in all", "--skip-bad")
+    assert_user_error(result, "s.zip/cat/bad0.png", "bad3.png", "dog/any.jp2", "10 in all", "--skip-bad")
     assert "float.tiff" not in result.stderr and not result.data
     result = prepare("--source", archive, "--skip-bad")
     assert len(result.data) == 20 and "10 damaged" in result.stdout

@@ -10,13 +10,12 @@ import sys
 import forked
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, metrics
+from conftest import ROOT, assert_user_error, metrics, read_config
 from test_resume import only_run, result
-from test_vit_probe import be_offline
 
 import common
 
-SMALL = ["--batch-size", "16", "--epochs", "2", "--mixed-precision", "no"]
+SMALL = ["--batch-size", "14", "--epochs", "2", "--mixed-precision", "no"]
 CNN = ["train_cnn.py", *SMALL, "--image-size", "16"]
 PROBE = ["train_vit_probe.py", *SMALL, "--image-size", "32", "--no-pretrained"]
 LAUNCHERS = [
@@ -25,37 +24,21 @@ LAUNCHERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A data folder whose counts of validation and test images do not divide by two."""
-    return forked.make_images(tmp_path_factory.mktemp("images") / "data", counts=(20, 7, 5), side=16)
-
-
 @pytest.fixture
-def workdir(images, tmp_path):
-    (tmp_path / "data").symlink_to(images)
-    return tmp_path
-
-
-@pytest.fixture
-def other(workdir):
-    (workdir / "other").mkdir()
-    (workdir / "other" / "data").symlink_to(workdir / "data")
-    return workdir / "other"
-
-
-def assert_ended_well(processes):
-    assert [(process.returncode, process.stderr) for process in processes] == [(0, "")] * len(processes)
+def other(fresh):
+    (fresh / "other").mkdir()
+    (fresh / "other" / "data").symlink_to(fresh / "data")
+    return fresh / "other"
 
 
 @pytest.mark.parametrize("command, module", LAUNCHERS, ids=["accelerate", "torchrun"])
-def test_launchers_run_two_processes(command, module, workdir):
+def test_launchers_run_two_processes(command, module, fresh):
     words = [sys.executable, "-m", *module, ROOT / command[0], *command[1:]]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(words, cwd=workdir, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(words, cwd=fresh, env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert common.read_json(only_run(workdir) / "config.json")["environments"][0]["processes"] == 2
-    assert metrics(only_run(workdir))[-1]["step"] == 2 * (60 // 16)
+    assert read_config(only_run(fresh))["environments"][0]["processes"] == 2
+    assert metrics(only_run(fresh))[-1]["step"] == 2 * (48 // 14)
 
 
 def write_batches(folder):
@@ -71,13 +54,13 @@ def write_batches(folder):
 
 
 @pytest.mark.parametrize("command", [CNN, PROBE], ids=["cnn", "probe"])
-def test_two_processes_compute_what_one_does(command, workdir, other):
-    assert_ended_well([forked.run(*command, cwd=workdir, hook=write_batches, hook_args=(workdir,))])
-    assert_ended_well(forked.run_pair(*command, cwd=other, hook=write_batches, hook_args=(other,)))
-    files = workdir / "batches0", other / "batches0", other / "batches1"
+def test_two_processes_compute_what_one_does(command, fresh, other):
+    forked.assert_ended_well(forked.run(*command, cwd=fresh, hook=write_batches, hook_args=(fresh,)))
+    forked.assert_ended_well(*forked.run_pair(*command, cwd=other, hook=write_batches, hook_args=(other,)))
+    files = fresh / "batches0", other / "batches0", other / "batches1"
     batches, first, second = ([json.loads(line) for line in file.open()] for file in files)
     assert [a + b for a, b in zip(first, second)] == batches and len(batches) == 6
-    one, two = only_run(workdir), only_run(other)
+    one, two = only_run(fresh), only_run(other)
     for name in ("model", "predictions"):
         tensors, tensors2 = (common.load_tensors(run / f"{name}.safetensors")[0] for run in (one, two))
         for key, value in tensors.items():
@@ -109,8 +92,8 @@ def predict_indices():
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_image_is_predicted_once_where_counts_do_not_divide(processes, tmp_path):
-    hook = {"hook": predict_indices, "processes": processes}
-    assert_ended_well(forked.run_pair("train_cnn.py", cwd=tmp_path, **hook))
+    more = {"hook": predict_indices, "processes": processes}
+    forked.assert_ended_well(*forked.run_pair("train_cnn.py", cwd=tmp_path, **more))
 
 
 # Environments that cannot be followed, and what is named.
@@ -124,67 +107,47 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("env, part", REFUSED)
-def test_a_setting_that_cannot_be_followed_is_refused(env, part, workdir):
-    assert_user_error(forked.run("train_cnn.py", "--epochs", "1", cwd=workdir, env=env), part)
-    assert not (workdir / "runs").exists()
+def test_a_setting_that_cannot_be_followed_is_refused(env, part, fresh):
+    assert_user_error(forked.run("train_cnn.py", "--epochs", "1", cwd=fresh, env=env), part)
+    assert not (fresh / "runs").exists()
 
 
 MISTAKES = ["--batch-size 15", "--batch-size 2", "--data-dir nowhere"]  # 2: one image for each process
 
 
 @pytest.mark.parametrize("options", MISTAKES)
-def test_each_process_says_a_mistake_in_a_line(options, workdir):
+def test_each_process_says_a_mistake_in_a_line(options, fresh):
     options = options.split()
-    for process in forked.run_pair(*CNN, *options, cwd=workdir):
+    for process in forked.run_pair(*CNN, *options, cwd=fresh):
         assert_user_error(process, options[1])
 
 
-def test_a_run_that_diverges_ends_alone(workdir):
+def test_a_run_that_diverges_ends_alone(fresh):
     """Each process says its line; the others of the sweep are trained."""
-    for process in forked.run_pair(*CNN, "--lr", "0.01", "1e9", "0.02", cwd=workdir):
+    for process in forked.run_pair(*CNN, "--lr", "0.01", "1e9", "0.02", cwd=fresh):
         assert_user_error(process, "e2-lr1000000000.0", "--lr")
-    names = [path.parent.name for path in workdir.glob("runs/*/*/predictions.safetensors")]
+    names = [path.parent.name for path in fresh.glob("runs/*/*/predictions.safetensors")]
     assert sorted(names) == ["e2-lr0.01-cosine-s0", "e2-lr0.02-cosine-s0"]
 
 
-def test_a_mistake_that_only_the_main_process_finds_ends_both(workdir):
-    (workdir / "runs").write_text("a file in place of a folder")
-    first, second = forked.run_pair(*CNN, cwd=workdir)
+def test_a_mistake_that_only_the_main_process_finds_ends_both(fresh):
+    (fresh / "runs").write_text("a file in place of a folder")
+    first, second = forked.run_pair(*CNN, cwd=fresh)
     assert_user_error(first, "runs")
     assert second.returncode not in (0, -signal.SIGKILL)
 
 
-def test_two_processes_killed_and_resumed_end_as_uninterrupted(workdir, other):
-    assert_ended_well(forked.run_pair(*CNN, cwd=workdir))
+def test_two_processes_killed_and_resumed_end_as_uninterrupted(fresh, other):
+    forked.assert_ended_well(*forked.run_pair(*CNN, cwd=fresh))
     killed = forked.run_pair(*CNN, cwd=other, hook=forked.die_at, hook_args=("after a step", 5))
     assert -signal.SIGKILL in [process.returncode for process in killed]
-    assert_ended_well(forked.run_pair(*CNN, "--resume", cwd=other))
-    assert result(only_run(other)) == result(only_run(workdir))
+    forked.assert_ended_well(*forked.run_pair(*CNN, "--resume", cwd=other))
+    assert result(only_run(other)) == result(only_run(fresh))
 
 
-def test_a_run_of_one_process_is_resumed_by_two(workdir):
+def test_a_run_of_one_process_is_resumed_by_two(fresh):
     hook = {"hook": forked.die_at, "hook_args": ("after checkpoint.pt", 1)}
-    assert forked.run(*PROBE, cwd=workdir, **hook).returncode == -signal.SIGKILL
-    assert_ended_well(forked.run_pair(*PROBE, "--resume", cwd=workdir))
-    environments = common.read_json(only_run(workdir) / "config.json")["environments"]
-    assert [environment["processes"] for environment in environments] == [1, 2]
-    assert [line["epoch"] for line in metrics(only_run(workdir))] == [1, 2]
-
-
-def no_weights(recorded):
-    """Hook: no weights are to be had, only recorded features."""
-    import train_vit_probe
-
-    be_offline()
-    train_vit_probe.RECORDED = recorded
-
-
-def test_two_processes_without_weights_use_recorded_features(workdir):
-    counts = {"train": 60, "val": 21, "test": 15}
-    tensors = {name: torch.randint(256, (n, 960), dtype=torch.uint8) for name, n in counts.items()}
-    tensors |= {"scale": torch.ones(1920), "offset": torch.zeros(1920)}
-    sha256 = common.load_data(workdir / "data", 224).description["sha256"]
-    meta = {"images": sha256, "backbone": {"name": "some", "sha256": "0", "parameters": 1}}
-    common.save_tensors(workdir / "recorded", tensors, meta)
-    more = {"env": {"VIT_TINY_WEIGHTS": None}, "hook": no_weights, "hook_args": (workdir / "recorded",)}
-    assert_ended_well(forked.run_pair("train_vit_probe.py", *SMALL, cwd=workdir, **more))
+    assert forked.run(*PROBE, cwd=fresh, **hook).returncode == -signal.SIGKILL
+    forked.assert_ended_well(*forked.run_pair(*PROBE, "--resume", cwd=fresh))
+    assert [start["processes"] for start in read_config(only_run(fresh))["environments"]] == [1, 2]
+    assert [line["epoch"] for line in metrics(only_run(fresh))] == [1, 2]

@@ -9,13 +9,16 @@ from conftest import ROOT, needs_weights
 
 # Their options are tested in files of their own, on these the data are made, fetched, or measured.
 ELSEWHERE = {"prepare_data.py", "prepare_data.py --source CIFAR10 --classes cat dog bird --out data-cifar"}
-ELSEWHERE |= {"profile_models.py --epochs 1 3"}
+ELSEWHERE |= {"profile_models.py --epochs 1 3", "profile_models.py --data-dir data-vehicles --out report-vehicles"}
+INSTALL = "pip install -r requirements.txt && python "  # and the first training
 
 
 @needs_weights
 def test_the_homework_is_done_by_the_commands_of_readme(workdir):
     shutil.make_archive(workdir / "vehicles", "zip", workdir / "data")
-    commands = re.findall(r"^    python (.*?) *(?:#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(rf"(?:^    python |{re.escape(INSTALL)})(.*?) *(?:#.*)?$", text, re.M)
+    assert commands[0] == "train_cnn.py --epochs 10"
     assert set(commands) > ELSEWHERE
     for command in commands:
         if command not in ELSEWHERE:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
-from conftest import assert_user_error, metrics
+from conftest import assert_user_error, metrics, read_config
 from safetensors.torch import load_file
 
 import common
@@ -96,29 +96,20 @@ def result(run):
 
 
 @pytest.fixture(scope="module")
-def whole(request, tmp_path_factory):
-    """An uninterrupted run of a variant, by default the CNN: its command, folder, result and duration."""
-    folder = tmp_path_factory.mktemp("whole")
-    forked.make_images(folder / "data")
+def whole(request, folder, tmp_path_factory):
+    """An uninterrupted run of a variant, by default the CNN: its command, scripts, result and duration."""
     variant = getattr(request, "param", "cnn")
     script, changes = VARIANTS[variant]
-    whole = SimpleNamespace(folder=folder, command=[*script, "--name", "run"], variant=variant)
-    whole.scripts = forked.changed_copy(folder / "scripts", script[0], *changes)
-    forked.run("train_cnn.py", "--help", cwd=folder)  # starts the server
+    whole = SimpleNamespace(command=[*script, "--name", "run"], variant=variant)
+    place = tmp_path_factory.mktemp("whole")
+    (place / "data").symlink_to(folder / "data")
+    whole.scripts = forked.changed_copy(place / "scripts", script[0], *changes)
+    forked.run("train_cnn.py", "--help", cwd=place)  # starts the server
     began = time.monotonic()
-    ended = forked.run(*whole.command, cwd=folder, scripts=whole.scripts)
+    (whole.run,) = forked.train(*whole.command, cwd=place, scripts=whole.scripts)
     whole.seconds = time.monotonic() - began
-    assert ended.returncode == 0 and not ended.stderr, ended.stderr
-    whole.run = only_run(folder)
     whole.result = result(whole.run)
     return whole
-
-
-@pytest.fixture
-def life(whole, tmp_path):
-    """A folder with the data of `whole` and no run."""
-    (tmp_path / "data").symlink_to(whole.folder / "data")
-    return tmp_path
 
 
 def resume(whole, folder, *more, **hooks):
@@ -132,8 +123,7 @@ def kill(whole, folder, place, count, *more):
 
 
 def assert_ends_as(whole, folder):
-    ended = resume(whole, folder)
-    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    forked.assert_ended_well(resume(whole, folder))
     assert result(only_run(folder)) == whole.result
 
 
@@ -153,38 +143,38 @@ KILLS = [
 
 
 @pytest.mark.parametrize("whole", ["student", "plateau"], indirect=True)
-def test_killed_at_chosen_places_and_resumed(whole, life):
+def test_killed_at_chosen_places_and_resumed(whole, fresh):
     rates = [line["lr"] for line in metrics(whole.run)]
     assert rates == [0.01, 0.005, 0.0025] if whole.variant == "student" else [0.01, 0.01, 0.005]
-    kill(whole, life, "before checkpoint.pt", 1, "--widths", "4")  # in nobody's way
-    (only_run(life) / "notes.txt").write_text("mine")
+    kill(whole, fresh, "before checkpoint.pt", 1, "--widths", "4")  # in nobody's way
+    (only_run(fresh) / "notes.txt").write_text("mine")
     for place, count in KILLS:
-        kill(whole, life, place, count)
-    assert_ends_as(whole, life)
-    assert (only_run(life) / "notes.txt").read_text() == "mine"
+        kill(whole, fresh, place, count)
+    assert_ends_as(whole, fresh)
+    assert (only_run(fresh) / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("whole", ["cnn", "probe", "student"], indirect=True)
-def test_killed_at_random_moments_and_resumed(whole, life):
+def test_killed_at_random_moments_and_resumed(whole, fresh):
     draw = random.Random(1)
     for _ in range(3):
-        process = forked.start(*whole.command, "--resume", cwd=life, scripts=whole.scripts)
+        process = forked.start(*whole.command, "--resume", cwd=fresh, scripts=whole.scripts)
         process.join(draw.uniform(0.2, 0.8) * whole.seconds)
         process.kill()
         process.join()
-    assert_ends_as(whole, life)
+    assert_ends_as(whole, fresh)
 
 
-def test_a_finished_run_whose_checkpoint_was_removed_is_left_alone(whole, life):
-    run = shutil.copytree(whole.run, life / "runs" / "run" / whole.run.name)
+def test_a_finished_run_whose_checkpoint_was_removed_is_left_alone(whole, fresh):
+    run = shutil.copytree(whole.run, fresh / "runs" / "run" / whole.run.name)
     (run / "checkpoint.pt").unlink()
     (run / "notes.txt").write_text("mine")
     files = {path: path.read_bytes() for path in run.iterdir()}
-    assert_user_error(forked.run(*whole.command, cwd=life), "runs/run", "exists", "--resume")
-    ended = resume(whole, life)
+    assert_user_error(forked.run(*whole.command, cwd=fresh), "runs/run", "exists", "--resume")
+    ended = resume(whole, fresh)
     assert ended.returncode == 0 and "already complete" in ended.stdout, ended.stderr
     assert {path: path.read_bytes() for path in run.iterdir()} == files
-    ended = forked.run(*whole.command, "--seed", "1", "--widths", "4", cwd=life)
+    ended = forked.run(*whole.command, "--seed", "1", "--widths", "4", cwd=fresh)
     assert_user_error(ended, "runs/run", "network", "--name")
 
 
@@ -198,10 +188,10 @@ BREAKS = [
 
 
 @pytest.mark.parametrize("change, epochs, place", BREAKS, ids=["at the end", "before", "after"])
-def test_a_run_has_ended_until_test_images_come(whole, tmp_path, change, epochs, place):
+def test_a_run_has_ended_until_test_images_come(whole, folder, tmp_path, change, epochs, place):
     """Also one that stopped early. A sweep goes on behind it, and then the test images are only predicted."""
     scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py", change)
-    shutil.copytree(whole.folder / "data", tmp_path / "data")
+    shutil.copytree(folder / "data", tmp_path / "data")
     (tmp_path / "data" / "test").rename(tmp_path / "later")
     sweep, hook = [*CNN, "--resume", "--seed", "0", "1"], {"hook": forked.die_at, "hook_args": (place, 1)}
     assert forked.run(*sweep, cwd=tmp_path, scripts=scripts, **hook).returncode == -signal.SIGKILL
@@ -210,33 +200,26 @@ def test_a_run_has_ended_until_test_images_come(whole, tmp_path, change, epochs,
         if complete is None:
             (tmp_path / "later").rename(tmp_path / "data" / "test")
         ended = forked.run(*sweep, cwd=tmp_path, scripts=scripts)
-        assert ended.returncode == 0 and not ended.stderr, ended.stderr
+        forked.assert_ended_well(ended)
         assert ended.stdout.count("already complete") == (complete or 0)
         assert [[line["step"] for line in metrics(run)] for run in run_folders(tmp_path)] == [steps] * 2
     for run in run_folders(tmp_path):
         assert len(load_file(run / "predictions.safetensors")["test.labels"]) == 15
-        assert common.read_json(run / "config.json")["data"]["counts"]["test"] == 15
+        assert read_config(run)["data"]["counts"]["test"] == 15
     assert epochs < 3 or result(run_folders(tmp_path)[0]) == whole.result
 
 
-class Command:
-    """Unpickled, it makes a file."""
-
-    def __reduce__(self):
-        return open, ("executed", "w")
-
-
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(whole, life):
-    kill(whole, life, "after checkpoint.pt", 2)
-    file = only_run(life) / "checkpoint.pt"
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(whole, fresh):
+    kill(whole, fresh, "after checkpoint.pt", 2)
+    file = only_run(fresh) / "checkpoint.pt"
     good = file.read_bytes()
-    torch.save({"history": Command()}, life / "code")
-    for content in (good[:9000], b"", (life / "code").read_bytes()):
+    torch.save({"history": forked.Command()}, fresh / "code")
+    for content in (good[:9000], b"", (fresh / "code").read_bytes()):
         file.write_bytes(content)
-        assert_user_error(resume(whole, life), "checkpoint.pt", "damaged")
-    assert not (life / "executed").exists()
+        assert_user_error(resume(whole, fresh), "checkpoint.pt", "damaged")
+    assert not (fresh / "executed").exists()
     file.write_bytes(good)
-    assert_ends_as(whole, life)
+    assert_ends_as(whole, fresh)
 
 
 # What is changed under an old name: the script, options, and what is said.
@@ -254,23 +237,23 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("whole", ["cnn", "probe"], indirect=True)
-def test_another_model_under_an_old_name_is_refused(whole, life):
-    forked.make_images(life / "other", counts=(17, 5, 5))
-    (life / "runs").symlink_to(whole.folder / "runs")
+def test_another_model_under_an_old_name_is_refused(whole, fresh):
+    forked.make_images(fresh / "other", counts=(17, 5, 5))
+    (fresh / "runs").symlink_to(whole.run.parents[1])
     for changes, options, why in REFUSED[whole.command[0]]:
-        scripts = forked.changed_copy(life / f"{why}{len(changes)}", whole.command[0], *changes)
+        scripts = forked.changed_copy(fresh / f"{why}{len(changes)}", whole.command[0], *changes)
         for more in (["--resume"], ["--seed", "1"]):
-            ended = forked.run(*whole.command, *options, *more, cwd=life, scripts=scripts)
+            ended = forked.run(*whole.command, *options, *more, cwd=fresh, scripts=scripts)
             assert_user_error(ended, "runs/run", why, "--name")
             assert "damaged" not in ended.stderr
-    assert result(only_run(life)) == whole.result
+    assert result(only_run(fresh)) == whole.result
 
 
-def test_a_job_array_makes_one_model(whole, life):
-    jobs = [forked.start(*whole.command, "--seed", seed, cwd=life, output=f"output{seed}") for seed in "01"]
+def test_a_job_array_makes_one_model(whole, fresh):
+    jobs = [forked.start(*whole.command, "--seed", seed, cwd=fresh, output=f"output{seed}") for seed in "01"]
     assert [forked.finish(job).returncode for job in jobs] == [0, 0]
-    assert [run.name for run in run_folders(life)] == [f"e3-lr0.01-cosine-s{seed}" for seed in "01"]
-    assert result(run_folders(life)[0]) == whole.result
+    assert [run.name for run in run_folders(fresh)] == [f"e3-lr0.01-cosine-s{seed}" for seed in "01"]
+    assert result(run_folders(fresh)[0]) == whole.result
 
 
 def no_locks():
@@ -283,95 +266,91 @@ def no_locks():
     fcntl.flock = flock
 
 
-def test_a_killed_sweep_is_resumed_on_a_disk_without_locks(whole, life):
+def test_a_killed_sweep_is_resumed_on_a_disk_without_locks(whole, fresh):
     sweep = ["--seed", "1", "0", "--lr", "0.01", "0.1"]
-    kill(whole, life, "after checkpoint.pt", 6, *sweep)
-    ended = resume(whole, life, *sweep, hook=no_locks)
-    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    kill(whole, fresh, "after checkpoint.pt", 6, *sweep)
+    ended = resume(whole, fresh, *sweep, hook=no_locks)
+    forked.assert_ended_well(ended)
     assert ended.stdout.count("already complete") == 1
     names = [f"e3-lr{lr}-cosine-s{seed}" for lr in (0.01, 0.1) for seed in (0, 1)]
-    runs = run_folders(life)
+    runs = run_folders(fresh)
     assert [run.name for run in runs] == names
     assert result(runs[0]) == whole.result
 
 
-def test_a_changed_script_and_another_number_of_epochs_are_said(whole, life):
+def test_a_changed_script_and_another_number_of_epochs_are_said(whole, fresh):
     """Both scripts of the run are kept; the other number of epochs is another run."""
-    kill(whole, life, "after checkpoint.pt", 1)
-    scripts = forked.changed_copy(life / "scripts", "train_cnn.py", ("def main", "\ndef main"))
-    ended = forked.run(*whole.command, "--resume", cwd=life, scripts=scripts)
-    assert ended.returncode == 0, ended.stderr
-    recorded = [
-        entry["train_cnn.py"] for entry in common.read_json(only_run(life) / "config.json")["scripts"]
-    ]
+    kill(whole, fresh, "after checkpoint.pt", 1)
+    scripts = forked.changed_copy(fresh / "scripts", "train_cnn.py", ("def main", "\ndef main"))
+    (run,) = forked.train(*whole.command, "--resume", cwd=fresh, scripts=scripts)
+    recorded = [entry["train_cnn.py"] for entry in read_config(run)["scripts"]]
     files = whole.scripts / "train_cnn.py", scripts / "train_cnn.py"
     assert recorded == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    ended = resume(whole, life, "--epochs", "1")
+    ended = resume(whole, fresh, "--epochs", "1")
     assert ended.returncode == 0 and ended.stdout.count("another run than e3-lr0.01-cosine-s0") == 1
-    assert [len(metrics(run)) for run in run_folders(life)] == [1, 3]
+    assert [len(metrics(run)) for run in run_folders(fresh)] == [1, 3]
 
 
 @pytest.mark.parametrize("link", ["run", "run/e3-lr0.01-cosine-s0"])
-def test_a_folder_that_is_a_link_is_used_and_named_as_the_link(whole, life, link):
-    (life / "disk").mkdir()
-    (life / "runs" / link).parent.mkdir(parents=True)
-    (life / "runs" / link).symlink_to(life / "disk")
-    kill(whole, life, "after checkpoint.pt", 1)
-    assert_user_error(forked.run(*whole.command, cwd=life), "runs/run/e3", "exists")
+def test_a_folder_that_is_a_link_is_used_and_named_as_the_link(whole, fresh, link):
+    (fresh / "disk").mkdir()
+    (fresh / "runs" / link).parent.mkdir(parents=True)
+    (fresh / "runs" / link).symlink_to(fresh / "disk")
+    kill(whole, fresh, "after checkpoint.pt", 1)
+    assert_user_error(forked.run(*whole.command, cwd=fresh), "runs/run/e3", "exists")
     changed = [*whole.command, "--resume", "--seed", "1", "--widths", "4"]
-    assert_user_error(forked.run(*changed, cwd=life), "runs/run/e3", "network")
-    assert_ends_as(whole, life)
-    assert common.read_json(only_run(life) / "config.json")["model"] == "run" and list(
-        life.glob("disk/**/checkpoint.pt")
-    )
+    assert_user_error(forked.run(*changed, cwd=fresh), "runs/run/e3", "network")
+    assert_ends_as(whole, fresh)
+    assert read_config(only_run(fresh))["model"] == "run"
+    assert list(fresh.glob("disk/**/checkpoint.pt"))
 
 
-def test_names_say_what_a_model_is(whole, life, monkeypatch):
+def test_names_say_what_a_model_is(fresh, monkeypatch):
     """Of the data folder as it was typed, also where it is a link."""
-    shutil.copytree(whole.folder / "data", life / "elsewhere")
-    (life / "my data").symlink_to(life / "elsewhere")
+    (fresh / "elsewhere").symlink_to(fresh / "data")
+    (fresh / "my data").symlink_to(fresh / "elsewhere")
     options = ["--widths", "4", "8", "--crop-scale", "0.6", "--no-flip", "--data-dir", "my data"]
     commands = [*CNN, *options], [*PROBE, "class", "--name", "x"], [*PROBE, "--views", "2"]
     for command in commands:
-        assert forked.run(*command, "--epochs", "1", cwd=life).returncode == 0
-    assert [run.parent.name for run in run_folders(life)] == [
+        runs = forked.train(*command, "--epochs", "1", cwd=fresh)
+    assert [run.parent.name for run in runs] == [
         "CNN,my-data,batch-size=8,crop-scale=0.6,image-size=8,no-flip,widths=4-8",
         "ViT-Tiny-grid3-random,batch-size=8,image-size=32,views=2",
         "x-class",
         "x-grid3",
     ]
-    assert_user_error(forked.run(*CNN, "--name", "../x", cwd=life), "../x")
-    monkeypatch.chdir(life)
-    for typed, name in ("my data/", "my-data"), (".", life.name), ("elsewhere/../my data", "my-data"):
+    assert_user_error(forked.run(*CNN, "--name", "../x", cwd=fresh), "../x")
+    monkeypatch.chdir(fresh)
+    for typed, name in ("my data/", "my-data"), (".", fresh.name), ("elsewhere/../my data", "my-data"):
         args = train_cnn.make_parser().parse_args(["--data-dir", typed])
         assert common.model_name(args, train_cnn.make_parser(), "CNN") == f"CNN,{name}"
 
 
-def test_two_processes_do_not_train_one_run(whole, life):
+def test_two_processes_do_not_train_one_run(whole, fresh):
     more = ["--resume", "--epochs", "1000"]
-    first = forked.start(*whole.command, *more, cwd=life, output="first")
-    while not list(life.glob("runs/*/*/checkpoint.pt")) and first.is_alive():
+    first = forked.start(*whole.command, *more, cwd=fresh, output="first")
+    while not list(fresh.glob("runs/*/*/checkpoint.pt")) and first.is_alive():
         time.sleep(0.02)
-    assert_user_error(forked.run(*whole.command, *more, cwd=life), "runs/run", "being trained")
+    assert_user_error(forked.run(*whole.command, *more, cwd=fresh), "runs/run", "being trained")
     assert first.is_alive()
     first.kill()
 
 
-def test_ctrl_c_ends_in_one_line(whole, life):
-    ended = resume(whole, life, hook=forked.die_at, hook_args=("after a step", 9, signal.SIGINT))
+def test_ctrl_c_ends_in_one_line(whole, fresh):
+    ended = resume(whole, fresh, hook=forked.die_at, hook_args=("after a step", 9, signal.SIGINT))
     assert ended.returncode == 130 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert len(metrics(only_run(life))) == 1
-    assert_ends_as(whole, life)
+    assert len(metrics(only_run(fresh))) == 1
+    assert_ends_as(whole, fresh)
 
 
 @pytest.mark.parametrize("whole", ["probe"], indirect=True)
-def test_features_that_are_computed_survive_a_kill(whole, life):
+def test_features_that_are_computed_survive_a_kill(whole, fresh):
     """There are 48 + 15 + 15 images: five parts."""
-    scripts = forked.changed_copy(life / "scripts", "train_vit_probe.py", ("PART = 256", "PART = 16"))
+    scripts = forked.changed_copy(fresh / "scripts", "train_vit_probe.py", ("PART = 256", "PART = 16"))
     hook = {"hook": forked.die_at, "hook_args": ("half-way through a file", 3)}
-    assert forked.run(*whole.command, cwd=life, scripts=scripts, **hook).returncode == -signal.SIGKILL
-    kept = {file: file.stat().st_mtime_ns for file in life.glob("features/*.safetensors")}
-    assert forked.run(*whole.command, cwd=life, scripts=scripts).returncode == 0
-    files = {file: file.stat().st_mtime_ns for file in life.glob("features/*.safetensors")}
+    assert forked.run(*whole.command, cwd=fresh, scripts=scripts, **hook).returncode == -signal.SIGKILL
+    kept = {file: file.stat().st_mtime_ns for file in fresh.glob("features/*.safetensors")}
+    (run,) = forked.train(*whole.command, cwd=fresh, scripts=scripts)
+    files = {file: file.stat().st_mtime_ns for file in fresh.glob("features/*.safetensors")}
     assert len(kept) == 2 and len(files) == 5 and kept.items() <= files.items()
-    assert result(only_run(life)) == whole.result
+    assert result(run) == whole.result

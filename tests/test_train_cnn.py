@@ -13,45 +13,28 @@ import forked
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import assert_answers, assert_user_error, metrics
+from conftest import assert_answers, assert_user_error, metrics, plain_training, read_config
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
-from torch.utils.data import DataLoader
 
 import common
 import train_cnn
 
-SMALL = ["--epochs", 3, "--batch-size", 10, "--crop-scale", 0.5, "--mixed-precision", "no"]
+SMALL = ["train_cnn.py", "--epochs", 3, "--batch-size", 10, "--crop-scale", 0.5, "--mixed-precision", "no"]
 MODEL = "CNN,batch-size=10,crop-scale=0.5"
 
 
-def start(folder, *args, **more):
-    """Run train_cnn.py in a child that keeps the one thread of its parent."""
-    return forked.run("train_cnn.py", *args, cwd=folder, env={"OMP_NUM_THREADS": None}, **more)
-
-
-def train(folder, *args, **more):
-    """Run train_cnn.py in `folder`; returns the run folders there by their path below runs/."""
-    done = start(folder, *args, **more)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return {path.relative_to(folder / "runs").as_posix(): path for path in folder.glob("runs/*/*/")}
-
-
 @pytest.fixture(scope="module")
-def sweep(folder):
-    return train(folder, *SMALL, "--lr", 1e-2, 1e-3, "--seed", 0, 3, 0)
+def run(folder):
+    """One of the runs of a sweep, which are all in `folder`."""
+    forked.train(*SMALL, "--lr", 1e-2, 1e-3, "--seed", 0, 3, 0, cwd=folder)
+    return folder / "runs" / MODEL / "e3-lr0.001-cosine-s3"
 
 
-@pytest.fixture(scope="module")
-def run(sweep):
-    return sweep[f"{MODEL}/e3-lr0.001-cosine-s3"]
-
-
-def plain_training(options, data, epochs):
-    """Return weights and network after so many epochs, by a loop of torch's parts, and the plain loss of each step."""
+def plain_cnn(options, data, epochs):
+    """Return weights and network after so many epochs of torch's parts, and the plain loss of each step."""
     pixels, labels = data.pixels["train"], data.labels["train"]
     std, mean = (value.view(1, 1, 1) for value in torch.std_mean(pixels / 255))
     torch.manual_seed(common.key_seed(options["seed"], "init"))
@@ -67,41 +50,30 @@ def plain_training(options, data, epochs):
     optimizer = torch.optim.AdamW([decayed, others], fused=True)
     crops = {key: options[key] for key in ("crop_scale", "no_flip", "seed")}
     images = common.ImageDataset(pixels, labels, data.image_size, **crops)
-    order, losses = torch.Generator(), []
-    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=list)
+
+    def get_batch(epoch, indices):
+        images.start_epoch(epoch)
+        return images.__getitems__(indices)
 
     def network(x):
         return model(((x - mean) / std).contiguous(memory_format=torch.channels_last))
 
-    for epoch in range(epochs):
-        order.manual_seed(common.key_seed(options["seed"], "order", epoch))
-        images.start_epoch(epoch)
-        for index in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = options["lr"] * common.cosine(len(losses), 3 * len(loader))
-            x, y = images.__getitems__(index)
-            logits = network(x)
-            losses.append(F.cross_entropy(logits, y).item())
-            optimizer.zero_grad()
-            F.cross_entropy(logits, y, label_smoothing=0.1).backward()
-            optimizer.step()
+    losses = plain_training(network, get_batch, optimizer, options, epochs)
     model.eval()
     weights = {f"1.{key}": value for key, value in model.state_dict().items()}
     return weights | {"0.mean": mean, "0.std": std}, network, losses
 
 
-def test_weights_are_those_of_a_plain_loop_to_the_bit_and_predictions_those_of_the_weights(sweep, folder):
-    other = train(folder, *SMALL, "--lr", 0.01, "--widths", 4, 8, "--image-size", 40, "--no-flip")
-    config = common.read_json(
-        other[f"{MODEL},image-size=40,no-flip,widths=4-8/e3-lr0.01-cosine-s0"] / "config.json"
-    )
+def test_weights_are_those_of_a_plain_loop_to_the_bit_and_predictions_those_of_the_weights(run, folder):
+    runs = forked.train(*SMALL, "--lr", 0.01, "--widths", 4, 8, "--image-size", 40, "--no-flip", cwd=folder)
+    other = folder / "runs" / f"{MODEL},image-size=40,no-flip,widths=4-8" / "e3-lr0.01-cosine-s0"
     parameters = 9 * 4 + 2 * 4 + 9 * 4 * 8 + 2 * 8 + 9 * 8 * 3 + 3
-    assert len(other) == 5 and config["parameters"] == config["trained"] == parameters
-    for run in other.values():
-        lines, options = metrics(run), common.read_json(run / "config.json")["options"]
+    assert len(runs) == 5 and read_config(other)["parameters"] == read_config(other)["trained"] == parameters
+    for run in runs:
+        lines, options = metrics(run), read_config(run)["options"]
         data = common.load_data(str(folder / "data"), options["image_size"])
         best = max(lines, key=common.rank_key)
-        expected, network, losses = plain_training(options, data, best["epoch"])
+        expected, network, losses = plain_cnn(options, data, best["epoch"])
         weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in weights)
@@ -120,7 +92,8 @@ def test_weights_are_those_of_a_plain_loop_to_the_bit_and_predictions_those_of_t
 def test_test_images_change_nothing_and_a_run_of_a_sweep_is_the_run_alone(folder, run, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(folder / "data" / split, tmp_path / "data" / split)
-    alone = train(tmp_path, *SMALL, "--lr", 1e-3, "--seed", 3)[f"{MODEL}/{run.name}"]
+    (alone,) = forked.train(*SMALL, "--lr", 1e-3, "--seed", 3, cwd=tmp_path)
+    assert alone.relative_to(tmp_path) == run.relative_to(folder)
     assert (alone / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     ours, theirs = ([line | {"seconds": 0} for line in metrics(path)] for path in (alone, run))
     assert ours == theirs
@@ -160,24 +133,16 @@ def test_load_classifier_agrees_with_the_predictions_and_refuses_other_runs(run,
         classify([files[0], run / "config.json"])
     other = shutil.copytree(run, tmp_path / "run")
     config = (other / "config.json").read_text()
-    changes = {
-        config.replace("ReLU", "GELU"): "run: its network .*train_cnn.py",
-        config[:100]: "config.json",
-    }
-    for text, said in changes.items():
+    network = "run: its network .*train_cnn.py"
+    for text, said in (config.replace("ReLU", "GELU"), network), (config[:100], "config.json"):
         (other / "config.json").write_text(text)
         with pytest.raises(common.UserError, match=said):
             train_cnn.load_classifier(other)
 
 
 # What is no image, by what is said of it.
-NO_IMAGES = {
-    "int": 5,
-    "NoneType": None,
-    "list": [[1, 2]],
-    "Tensor": torch.zeros(3, 8, 8),
-    "no images": "empty",
-}
+NO_IMAGES = {"int": 5, "NoneType": None, "list": [[1, 2]], "Tensor": torch.zeros(3, 8, 8)}
+NO_IMAGES |= {"no images": "empty"}
 NO_IMAGES |= {"pixels": np.zeros((0, 5), np.uint8), "no pixels": Image.new("L", (3, 0))}
 NO_IMAGES |= {"8 bits": np.zeros((4, 4), np.float32), "ndarray": np.zeros((2, 8, 8, 5), np.uint8)}
 
@@ -203,23 +168,19 @@ FROZEN = FROZEN, 145 * 6 + 7 * 3, 7 * 3
 
 
 @pytest.mark.parametrize("text, parameters, trained", [RESNET, FROZEN], ids=["resnet", "frozen"])
-def test_another_network_is_one_changed_place(folder, text, parameters, trained, tmp_path):
+def test_another_network_is_one_changed_place(fresh, text, parameters, trained):
     change = "return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))", text
-    scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py", change)
-    (tmp_path / "data").symlink_to(folder / "data")
-    (run,) = train(
-        tmp_path, "--epochs", 1, "--mixed-precision", "no", "--batch-size", 24, scripts=scripts
-    ).values()
-    config = common.read_json(run / "config.json")
-    assert (config["parameters"], config["trained"]) == (parameters, trained)
+    scripts = forked.changed_copy(fresh / "copy", "train_cnn.py", change)
+    (run,) = forked.train(*SMALL, "--epochs", 1, "--batch-size", 24, cwd=fresh, scripts=scripts)
+    assert (read_config(run)["parameters"], read_config(run)["trained"]) == (parameters, trained)
     classify = runpy.run_path(str(scripts / "train_cnn.py"))["load_classifier"](run)
-    assert_answers(classify(folder / "data" / "val"), run, abs=1e-5)
+    assert_answers(classify(fresh / "data" / "val"), run, abs=1e-5)
 
 
 def test_sanity_check_passes_on_real_images_and_fails_where_nothing_is_learned(workdir):
-    options = ["--sanity-check", "--batch-size", 8, "--mixed-precision", "no"]
+    command = ["train_cnn.py", "--sanity-check", "--batch-size", 8, "--mixed-precision", "no"]
     for more, code, said in ([], 0, "pass"), (["--lr", 1e-10], 1, "FAIL"):
-        done = start(workdir, *options, *more)
+        done = forked.run(*command, *more, cwd=workdir)
         assert done.returncode == code and f"sanity check: {said}: 32 images" in done.stdout, done.stdout
         (file,) = (path for path in (workdir / "runs").rglob("*") if path.is_file())
         assert file == workdir / "runs" / "CNN,batch-size=8" / "sanity-check.json"
@@ -233,7 +194,7 @@ def test_sanity_check_passes_on_real_images_and_fails_where_nothing_is_learned(w
 def test_a_run_that_diverges_is_said_in_one_line_and_the_others_are_trained(folder):
     """Also when they are resumed."""
     for more in [], ["--resume"]:
-        done = start(folder, *SMALL, "--lr", 1e-3, 1e9, 5e-3, "--name", "diverges", *more)
+        done = forked.run(*SMALL, "--lr", 1e-3, 1e9, 5e-3, "--name", "diverges", *more, cwd=folder)
         assert_user_error(done, "runs/diverges/e3-lr1000000000.0", "loss", "--lr")
     assert done.stdout.count("already complete") == 2
     names = [path.parent.name for path in (folder / "runs/diverges").glob("*/predictions.safetensors")]
@@ -253,37 +214,34 @@ PROBE = ["train_vit_probe.py", "--no-pretrained", "--image-size", 32]
 
 
 @pytest.mark.parametrize("script", [["train_cnn.py"], PROBE], ids=["cnn", "probe"])
-def test_apples_gpu_is_left_alone(folder, script, tmp_path, monkeypatch):
-    (tmp_path / "data").symlink_to(folder / "data")
+def test_apples_gpu_is_left_alone(fresh, script, monkeypatch):
     for more, code in ([], 0), (["--sanity-check", "--lr", 1e-10], 1):
         options = ["--epochs", 1, "--batch-size", 12, *more]
-        done = forked.run(*script, *options, cwd=tmp_path, hook=be_a_mac)
+        done = forked.run(*script, *options, cwd=fresh, hook=be_a_mac)
         assert (done.returncode, done.stderr) == (code, ""), done.stderr
         assert " on cpu" in done.stdout and "not on Apple's GPU" in done.stdout
-    (run,) = tmp_path.glob("runs/*/*/")
+    (run,) = fresh.glob("runs/*/*/")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     module = importlib.import_module(script[0].removesuffix(".py"))
-    assert len(module.load_classifier(run)(tmp_path / "data" / "val")) == 15
+    assert len(module.load_classifier(run)(fresh / "data" / "val")) == 15
 
 
-def test_closed_output_does_not_stop_a_training(folder, tmp_path):
-    (tmp_path / "data").symlink_to(folder / "data")
+def test_closed_output_does_not_stop_a_training(fresh):
     words = [sys.executable, train_cnn.__file__, "--epochs", "1", "--batch-size", "12"]
-    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} >&- 2>&-"], cwd=tmp_path, timeout=300)
-    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/*/predictions.safetensors"))) == 1
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} >&- 2>&-"], cwd=fresh, timeout=300)
+    assert done.returncode == 0 and len(list(fresh.glob("runs/*/*/predictions.safetensors"))) == 1
 
 
 def test_without_prepare_data_a_data_folder_is_asked_for(tmp_path):
     scripts = forked.changed_copy(tmp_path / "copy", "train_cnn.py")
-    assert_user_error(start(tmp_path, scripts=scripts), "data/", "--data-dir")
+    assert_user_error(forked.run("train_cnn.py", cwd=tmp_path, scripts=scripts), "data/", "--data-dir")
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_sweep_in_fp16_is_refused():
     """Its runs would share a loss scaler, which needs a GPU: a stand-in has it."""
-    settings = [
-        Namespace(model="fp16", epochs=1, lr=lr, schedule="cosine", seed=0, resume=False) for lr in (1, 2)
-    ]
+    options = {"model": "fp16", "epochs": 1, "schedule": "cosine", "seed": 0, "resume": False}
+    settings = [Namespace(lr=lr, **options) for lr in (1, 2)]
     accelerator = Namespace(scaler=torch.amp.GradScaler("cpu"))
     common.check_folders(accelerator, settings[:1])
     with pytest.raises(common.UserError, match="fp16"):
@@ -309,4 +267,4 @@ IMPOSSIBLE = ["--batch-size 49", "--batch-size 1", "--name a/b", "--data-dir now
 @pytest.mark.parametrize("options", IMPOSSIBLE)
 def test_an_impossible_option_is_refused_in_one_line(folder, options):
     name, *values = options.split()
-    assert_user_error(start(folder, *SMALL, name, *values), values[0])
+    assert_user_error(forked.run(*SMALL, name, *values, cwd=folder), values[0])

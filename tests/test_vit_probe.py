@@ -1,6 +1,5 @@
 """train_vit_probe.py: features against timm, the linear layer against plain PyTorch, the cache, other weights."""
 
-import os
 import runpy
 import shutil
 from pathlib import Path
@@ -11,35 +10,29 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import WEIGHTS, assert_answers, assert_user_error, metrics, needs_weights
+from conftest import assert_answers, assert_user_error, metrics, plain_training, read_config, weights_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
 
 import common
 import train_vit_probe as probe
 
+SCRIPT = "train_vit_probe.py"
 SMALL = ["--image-size", 32, "--batch-size", 10, "--epochs", 3, "--lr", 0.005, "--mixed-precision", "no"]
 RANDOM = ["--no-pretrained", *SMALL]
 CHOICES = ["class", "last", "grid4"]
 MODEL = "ViT-Tiny-{},batch-size=10,image-size=32"
 
 
-def start(folder, *args, **more):
-    return forked.run("train_vit_probe.py", *args, cwd=folder, **more)
-
-
-def train(folder, *args, **more):
-    """Run train_vit_probe.py in `folder`; returns the run folders there by the model's name."""
-    done = start(folder, *args, **more)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return {path.parent.name: path for path in folder.glob("runs/*/*/")}
+def by_name(runs):
+    """Return run folders as a dict from their models' names."""
+    return {run.parent.name: run for run in runs}
 
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    return train(folder, *RANDOM, "--features", *CHOICES)
+    return by_name(forked.train(SCRIPT, *RANDOM, "--features", *CHOICES, cwd=folder))
 
 
 @pytest.fixture
@@ -69,8 +62,9 @@ def by_hand(vit, images, choice):
     return torch.cat([last[:, 0], torch.stack(cells, 2).flatten(1)], 1)
 
 
-@pytest.mark.parametrize("file, size", [(None, 96), pytest.param(WEIGHTS, 224, marks=needs_weights)])
-def test_features_are_timms_own(file, size):
+@pytest.mark.parametrize("file", [None, weights_file])
+def test_features_are_timms_own(file):
+    size = 224 if file else 96
     vit = probe.load_vit(file, size)
     if file:
         weights = load_file(file)
@@ -86,24 +80,6 @@ def test_features_are_timms_own(file, size):
     assert 0 < (rough - features).norm() / features.norm() < 0.05
 
 
-def plain_training(x, labels, epochs):
-    """Return a linear layer trained on standardised features, by a loop of torch's parts."""
-    layer = nn.Linear(x.shape[1], 3)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.05)
-    order = torch.Generator()
-    loader = DataLoader(range(48), 10, True, generator=order, drop_last=True, collate_fn=torch.tensor)
-    for epoch in range(epochs):
-        order.manual_seed(common.key_seed(0, "order", epoch))
-        for step, index in enumerate(loader, epoch * len(loader)):
-            optimizer.param_groups[0]["lr"] = 0.005 * common.cosine(step, 3 * len(loader))
-            optimizer.zero_grad()
-            F.cross_entropy(layer(x[index]), labels[index], label_smoothing=0.1).backward()
-            optimizer.step()
-    return layer
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_run_is_a_linear_layer_on_standardised_features(runs, data, choice):
     run, vit = runs[MODEL.format(f"{choice}-random")], probe.load_vit(None, 32)
@@ -114,14 +90,19 @@ def test_a_run_is_a_linear_layer_on_standardised_features(runs, data, choice):
     for split, x in features.items():
         # So scaled, one rate suits short and long features.
         features[split] = (x - mean) / std / (len(mean) / 192) ** 0.5
+    layer = nn.Linear(len(mean), 3)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.05)
     best = max(metrics(run), key=common.rank_key)["epoch"]
-    layer = plain_training(features["train"], data.labels["train"], best)
+    x, y, config = features["train"], data.labels["train"], read_config(run)
+    plain_training(layer, lambda epoch, indices: (x[indices], y[indices]), optimizer, config, best)
     assert torch.allclose(weights["linear.weight"], layer.weight, atol=1e-3)
     for split in "val", "test":
         log_probs = layer(features[split]).log_softmax(1)
         assert torch.allclose(stored[f"{split}.log_probs"], log_probs, atol=1e-2)
         assert torch.equal(stored[f"{split}.labels"], data.labels[split])
-    config, trained = common.read_json(run / "config.json"), 3 * len(mean) + 3
+    trained = 3 * len(mean) + 3
     parameters = sum(p.numel() for p in vit.parameters()) + trained
     assert (config["parameters"], config["trained"], config["features"]) == (parameters, trained, choice)
     assert (config["backbone"]["mean"], config["feature_seconds"] > 0) == ([0.5] * 3, True)
@@ -205,11 +186,11 @@ def test_views_are_augmented_images_one_an_epoch_in_turn(extract, data):
         assert extract("class", argv=[*argv, *more])[1] == count, more
 
 
-@pytest.mark.parametrize("weights", [None, pytest.param(WEIGHTS, marks=needs_weights)])
+@pytest.mark.parametrize("weights", [None, weights_file])
 def test_load_classifier_agrees_with_the_predictions(folder, weights):
     options = ["--weights", weights, *SMALL] if weights else RANDOM
     name = "class" if weights else "class-random"
-    run = train(folder, *options, "--resume")[MODEL.format(name)]
+    run = by_name(forked.train(SCRIPT, *options, "--resume", cwd=folder))[MODEL.format(name)]
     answers = probe.load_classifier(run, weights)(folder / "data" / "val", batch_size=4)
     assert_answers(answers, run, abs=2e-3)
 
@@ -223,34 +204,22 @@ def test_load_classifier_refuses_other_runs(runs, tmp_path):
             probe.load_classifier(run, weights=run / "config.json")
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 @pytest.mark.parametrize("kind", ["lacks a tensor", "another model", "code"])
 def test_wrong_weights_end_in_one_line_and_are_never_executed(folder, kind):
     file = folder / f"{kind}.pth"
     state = timm.create_model("resnet10t" if kind == "another model" else probe.BACKBONE).state_dict()
     del state[list(state)[7]]
-    torch.save({"state_dict": Evil() if kind == "code" else state}, file)
-    assert_user_error(start(folder, "--weights", file, "--name", kind, *SMALL), str(file), "--weights")
+    torch.save({"state_dict": forked.Command() if kind == "code" else state}, file)
+    done = forked.run(SCRIPT, *SMALL, "--weights", file, "--name", kind, cwd=folder)
+    assert_user_error(done, str(file), "--weights")
     assert not (folder / "executed").exists()
-
-
-def be_offline():
-    """Hook: there is no network, and the hub's cache is empty."""
-    import huggingface_hub
-
-    huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
-    huggingface_hub.try_to_load_from_cache = lambda *args, **more: None
 
 
 @pytest.fixture
 def recorded(folder, tmp_path):
-    """A folder with the data, options of `start` for a copy of the script with features of them, and those."""
+    """Features of data, and options of `forked.run` for a copy of the script that has them, offline."""
     shutil.copytree(folder / "data", tmp_path / "data")
-    scripts = forked.changed_copy(tmp_path / "copy", "train_vit_probe.py")
+    scripts = forked.changed_copy(tmp_path / "copy", SCRIPT)
     data, features = common.load_data(str(tmp_path / "data"), 224), {}
     tensors = {"scale": torch.rand(1920) / 10 + 0.1, "offset": torch.rand(1920) - 1}
     for split, labels in data.labels.items():
@@ -260,12 +229,16 @@ def recorded(folder, tmp_path):
     backbone = {"name": probe.BACKBONE, "weights": "pretrained", "sha256": "0" * 64, "parameters": 5}
     meta = {"backbone": backbone, "images": data.description["sha256"]}
     common.save_tensors(scripts / "vit_features.safetensors", tensors, meta)
-    return tmp_path, {"hook": be_offline, "env": {"VIT_TINY_WEIGHTS": None}, "scripts": scripts}, features
+    more = {"hook": forked.be_offline, "env": {"VIT_TINY_WEIGHTS": None}, "scripts": scripts}
+    return features, more | {"cwd": tmp_path}
 
 
-def test_without_weights_and_network_recorded_features_are_used(recorded):
-    folder, offline, features = recorded
-    runs = train(folder, "--features", "class", "grid6", "--batch-size", 10, **offline)
+@pytest.mark.parametrize("run_script", [forked.run, forked.run_pair], ids=["one process", "two"])
+def test_without_weights_and_network_recorded_features_are_used(recorded, run_script):
+    features, offline = recorded
+    ended = run_script(SCRIPT, "--features", "class", "grid6", "--batch-size", 10, **offline)
+    forked.assert_ended_well(*ended if isinstance(ended, list) else [ended])
+    runs = by_name(offline["cwd"].glob("runs/*/*/"))
     for choice, n in ("class", 192), ("grid6", 1920):
         run = runs[f"ViT-Tiny-{choice}-recorded,batch-size=10"]
         weights, stored = load_file(run / "model.safetensors"), load_file(run / "predictions.safetensors")
@@ -275,14 +248,15 @@ def test_without_weights_and_network_recorded_features_are_used(recorded):
 
 
 def test_what_is_not_recorded_is_refused_in_one_line(recorded):
-    folder, offline, _ = recorded
+    offline, command = recorded[1], (SCRIPT, "--batch-size", 10)
     for more in "--features last", "--views 1", "--image-size 112", "--weights hub/nowhere":
-        assert_user_error(start(folder, *more.split(), **offline), "--weights")
-    shutil.copy(folder / "data" / "train" / "class1" / "001.png", folder / "data" / "val" / "class1")
-    assert_user_error(start(folder, "--batch-size", 10, **offline), "vit_features.safetensors", "--weights")
-    (offline["scripts"] / "vit_features.safetensors").unlink()
-    assert_user_error(start(folder, "--batch-size", 10, **offline), "hub", "--weights")
-    assert not (folder / "runs").exists()
+        assert_user_error(forked.run(*command, *more.split(), **offline), "--weights")
+    data, file = offline["cwd"] / "data", offline["scripts"] / "vit_features.safetensors"
+    shutil.copy(data / "train" / "class1" / "001.png", data / "val" / "class1")
+    assert_user_error(forked.run(*command, **offline), file.name, "--weights")
+    file.unlink()
+    assert_user_error(forked.run(*command, **offline), "hub", "--weights")
+    assert not (offline["cwd"] / "runs").exists()
 
 
 def test_the_recorded_features_are_those_of_the_default_data(default_data):
@@ -300,30 +274,28 @@ BACKBONES += [("vit_small", 384, [0.5] * 3, [0.5] * 3)]
 
 
 @pytest.mark.parametrize("name, values, mean, std", BACKBONES, ids=["deit_tiny", "vit_small"])
-def test_another_vit_is_one_changed_name(name, values, mean, std, folder, data, tmp_path):
-    shutil.copytree(folder / "data", tmp_path / "data")
+def test_another_vit_is_one_changed_name(name, values, mean, std, fresh, data):
     change = f'BACKBONE = "{probe.BACKBONE}"', f'BACKBONE = "{name}_patch16_224"'
-    scripts = forked.changed_copy(tmp_path / "copy", "train_vit_probe.py", change)
+    scripts = forked.changed_copy(fresh / "copy", SCRIPT, change)
     torch.manual_seed(1)
-    vit, file = timm.create_model(f"{name}_patch16_224"), tmp_path / "weights.safetensors"
+    vit, file = timm.create_model(f"{name}_patch16_224"), fresh / "weights.safetensors"
     save_file(vit.state_dict(), file)
     more = {"scripts": scripts, "env": {f"{name.upper()}_WEIGHTS": str(file)}}
-    run = train(tmp_path, *SMALL, "--features", "grid11", **more)[
-        f"{name}-grid11,batch-size=10,image-size=32"
-    ]
+    (run,) = forked.train(SCRIPT, *SMALL, "--features", "grid11", cwd=fresh, **more)
+    assert run.parent.name == f"{name}-grid11,batch-size=10,image-size=32"
     vit.set_input_size(img_size=32)
     vit.pretrained_cfg = {"mean": mean, "std": std}
     expected = by_hand(vit.eval(), common.resize(data.pixels["train"] / 255, 32), "grid11").mean(0)
     assert expected.shape == (10 * values,)
     assert torch.allclose(load_file(run / "model.safetensors")["mean"], expected, atol=2e-3)
-    backbone = common.read_json(run / "config.json")["backbone"]
+    backbone = read_config(run)["backbone"]
     assert [backbone["mean"], backbone["std"]] == pytest.approx(np.array([mean, std]))
-    classify = runpy.run_path(str(scripts / "train_vit_probe.py"))["load_classifier"](run, file)
-    assert_answers(classify(tmp_path / "data" / "val"), run, abs=2e-3)
+    classify = runpy.run_path(str(scripts / SCRIPT))["load_classifier"](run, file)
+    assert_answers(classify(fresh / "data" / "val"), run, abs=2e-3)
 
 
 def test_sanity_check_passes_and_is_stored(folder):
-    done = start(folder, *RANDOM, "--sanity-check")
+    done = forked.run(SCRIPT, *RANDOM, "--sanity-check", cwd=folder)
     assert done.returncode == 0 and "sanity check: pass: 40 images" in done.stdout, done.stdout
     stored = common.read_json(folder / "runs" / MODEL.format("class-random") / "sanity-check.json")
     assert (stored["passed"], stored["images"], stored["accuracy"]) == (True, 40, 1)
@@ -332,4 +304,5 @@ def test_sanity_check_passes_and_is_stored(folder):
 
 @pytest.mark.parametrize("options", ["--image-size 100", "--features grid12", "--batch-size 49"])
 def test_an_impossible_option_is_refused_in_one_line(folder, options):
-    assert_user_error(start(folder, *RANDOM, *options.split()), options.split()[0])
+    done = forked.run(SCRIPT, *RANDOM, *options.split(), cwd=folder)
+    assert_user_error(done, options.split()[0])
