@@ -636,9 +636,9 @@ def comparison_section(frame, sides, models, data, rates, notes):
 ## 5 Comparison
 {results_table(sides)}
 
-Validation chose the epoch, and the rate and schedule among those tried.
+Validation chose the epoch, whose weights are reported, and the rate and schedule among those tried.
 
-![Confusion matrices of the lowest seed: a row is a class, its images as they were predicted](confusion.png)
+![Confusion matrices of the lowest seed alone: a row is a class (the lists below are of all seeds)](confusion.png)
 
 ### Differences
 Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
@@ -654,7 +654,7 @@ F1 of the hardest classes, and the most frequent confusions, after the most epoc
 ### Learning rates
 Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
 
-{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(10))}
+{markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
 {"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
