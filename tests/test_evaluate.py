@@ -335,14 +335,14 @@ def test_what_a_model_is(run_main):
     assert "RandomResizedCrop(8, scale=(0.9, 1), ratio=(1/1.1, 1.1)), RandomHorizontalFlip()" in cnns
     (mine,) = [line for line in cnns.splitlines() if line.startswith("- mine")]
     assert "SGD, momentum 0.9, batches" in mine and "Flip" not in mine and "scale=(0.5, 1)" in mine
-    changes = table("2 ")[1]["Other than CNN"]
+    changes = table("2 ")[1]["Differs from CNN in"]
     assert all(part in changes for part in ("crop_scale 0.5", "widths [9]", "no_flip True", "optimizer"))
     assert "label" not in changes and table("2 ")[0]["Trained"] == "900"
     plain, views = [line for line in probes.splitlines() if line.startswith("- ViT")]
     assert "images: plain" in plain and "RandomResizedCrop" in views
     assert all(word in probes for word in ("pretrained", "frozen", "normalised", "a22e9b36"))
     assert "normalises" in cnns and "CNN 8 px, augmented" in report("Summary")
-    assert "`python train.py --epochs 2 --sanity-check`" in probes
+    assert "`python train.py --features class --sanity-check`" in probes
     check = {"identity": {"network": CNN}, "passed": True, "images": 256, "accuracy": 1.0, "loss": 0.012}
     other = {"identity": {"network": "x"}}
     changes = ({}, "passed: 256"), (other, "of another model (network)"), ({"passed": False}, "FAILED: 256")
@@ -357,10 +357,10 @@ def test_the_profile_is_of_what_is_compared(run_main):
     write_probe(data={"path": "my data"})
     assert run_main("--out", "my report") == 0
     text = Path("my report/report.md").read_text()
-    assert text.count("`python profile_models.py --data-dir 'my data' --out 'my report'`") == 2
+    assert text.count("`python profile_models.py --data-dir 'my data' --out 'my report'`") == 3
     row = {"row": "cnn", "network": CNN, "image_size": 8, "batch_size": 64, "precision": "fp32"}
-    row |= {"step_ms": 1.5, "peak_mb": 20.5, "cells": {"Model": "CNN", "Step": "1.5"}}
-    cached = row | {"row": "cached", "network": PROBE, "step_ms": 0.5, "peak_mb": None}
+    row |= {"step_ms": 1.5, "peak_mb": 20.0, "cells": {"Model": "CNN", "Step": "1.5"}}
+    cached = row | {"row": "cached", "network": PROBE, "step_ms": 0.6, "peak_mb": 30.0}
     cached["cells"] = {"Model": "probe"}
     profile = {"machine": "one", "data_dir": "data", "images": "train", "notes": ["a note"]}
     Path("report").mkdir()
@@ -370,7 +370,9 @@ def test_the_profile_is_of_what_is_compared(run_main):
         assert run_main() == 0
         is_measured = not part or "images" in part
         steps = [row["A step"] for row in table("Summary")]
-        assert steps == ["1.5 ms, 20.5 MB (cnn)" * is_measured, "0.5 ms (cached)"]
+        of_cnn = "cnn 1.5 ms (1.00 times cnn's), 20 MB (1.00 times)" * is_measured
+        assert steps == [of_cnn, "cached 0.6 ms (0.40 times cnn's), 30 MB (1.50 times)"]
+        assert f"ViT-Tiny-class {steps[1]}" in report("Summary")
         (missing,) = re.findall(r"not in it.*\n(.*)\.$", report("4 "), re.M)
         assert missing == ("none" if is_measured else "CNN")
         assert ("other images" in report("4 ")) == ("images" in part)
