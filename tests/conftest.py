@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -26,6 +27,20 @@ def run_script(name, *args, cwd, env=None, timeout=300):
     command = [sys.executable, str(ROOT / name), *map(str, args)]
     env = os.environ | (env or {})
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a script's main in this process, as its last line does; returns returncode, stdout and stderr."""
+
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            common.cli(main)
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=stdout, stderr=stderr)
+
+    return call
 
 
 def metrics(run):

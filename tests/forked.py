@@ -27,7 +27,7 @@ def make_images(root, counts=(16, 5, 5), classes=("class0", "class1", "class2"),
     rng = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts):
         for label, name in enumerate(classes):
-            folder = root / split / name
+            folder = Path(root, split, name)
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 150, (side, side)).astype(np.uint8)
