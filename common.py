@@ -210,10 +210,10 @@ def decode(file):
             return image.convert("L")
         image = image.convert("RGB")
         for part in (image.resize((8, 8), Image.Resampling.NEAREST), image):  # a few pixels tell of most
-            values = part.tobytes()  # red, green, blue, red, ...
-            if not values[::3] == values[1::3] == values[2::3]:
+            red, green, blue = part.split()
+            if not red == green == blue:
                 return image
-        return image.convert("L")
+        return red
     except Exception as error:  # of a damaged file: a dozen kinds, depending on its format
         if getattr(error, "filename", None):
             raise  # no such file, no permission
@@ -336,46 +336,35 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     return Data(pixels, labels, classes, image_size, description)
 
 
-def describe_data(about):
-    """Return a data set in words, a list of lines; `about`: the description of its Data."""
-    counts = about["counts"]
-    width, height = about["mean_size"]
-    size = about["image_size"]
-    lines = [
-        f"{len(about['classes'])} classes; images: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
-        f"images of {width:g}x{height:g} px on average, trained at {size}x{size}",
-    ]
-    if about["skipped"]:
-        lines.append(f"skipped, outside class folders or not read by Pillow: {list_counts(about['skipped'])}")
-    for name, n in about["repeated"].items():
-        if n:
-            lines.append(f"{n} of {counts[name]:,} {name} images are in another split, too")
-    if n := about["single_colour"]:
-        lines.append(f"{n:,} of {counts['train']:,} train images have a single colour: look at them")
-    return lines
-
-
 def open_data(accelerator, args):
-    """Load --data-dir (the default data are made if missing), print a summary, and check --batch-size."""
+    """Load --data-dir (the default data are made if missing), check --batch-size, and print a summary."""
     with accelerator.local_main_process_first():
         if args.data_dir == DATA_DIR and not Path(DATA_DIR).exists():
             script = HERE / "prepare_data.py"
             if not script.exists():
-                raise UserError(
-                    f"{DATA_DIR}/: no such folder, and no prepare_data.py to make it: give --data-dir"
-                )
+                raise UserError(f"{DATA_DIR}/: no such folder, and no prepare_data.py to make it: give --data-dir")
             print(f"{DATA_DIR}/ is missing: making it from archive.zip", flush=True)
             if subprocess.run([sys.executable, script]).returncode:
                 raise UserError(f"{DATA_DIR}/: could not be made: give --data-dir")
     data = load_data(args.data_dir, args.image_size)
-    lines = describe_data(data.description)
-    n, batch_size, processes = len(data.labels["train"]), args.batch_size, accelerator.num_processes
+    about = data.description
+    counts = about["counts"]
+    n, batch_size, processes = counts["train"], args.batch_size, accelerator.num_processes
     # Batch normalisation needs two images in each process.
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
+    say = accelerator.print
+    say(f"{len(data.classes)} classes; images: {', '.join(f'{n:,} {split}' for split, n in counts.items())}")
+    say("images of {:g}x{:g} px on average,".format(*about["mean_size"]), f"trained at {data.image_size} px")
+    if about["skipped"]:
+        say(f"skipped, outside class folders or not read by Pillow: {list_counts(about['skipped'])}")
+    for split, repeated in about["repeated"].items():
+        if repeated:
+            say(f"{repeated} of {counts[split]:,} {split} images are in another split, too")
+    if about["single_colour"]:
+        say(f"{about['single_colour']:,} of {n:,} train images have a single colour: look at them")
     if n % batch_size:
-        lines.append(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of each epoch")
-    accelerator.print("\n".join(lines))
+        say(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of each epoch")
     return data
 
 
@@ -422,27 +411,21 @@ class ImageDataset(torch.utils.data.Dataset):
         return images[0], labels[0]
 
 
-def whole(batch):
-    """Return a batch as it is: the data sets give whole batches, so a DataLoader has no single images to join."""
-    return batch
-
-
 def training_loader(accelerator, dataset, batch_size):
     """Return the DataLoader of the training images, shuffled by the data set's own generator.
 
     `batch_size` is that of all processes together: Accelerate gives each its share of every batch. All batches are of
     one size: the last images of an epoch, others each time, are left out where they fill none."""
-    loader = DataLoader(
-        dataset, batch_size, shuffle=True, generator=dataset.order, drop_last=True, collate_fn=whole
-    )
-    return accelerator.prepare(loader)
+    # A data set of ours gives a whole batch, a tuple: there are no single images to join, and tuple() changes nothing.
+    options = {"shuffle": True, "generator": dataset.order, "drop_last": True, "collate_fn": tuple}
+    return accelerator.prepare(DataLoader(dataset, batch_size, **options))
 
 
 def evaluation_loader(accelerator, dataset, batch_size=256):
     """Return a DataLoader that gives all images in order; `batch_size` is that of one process.
 
     With several processes some images can come twice, to fill the last batch; `predict` drops these."""
-    return accelerator.prepare(DataLoader(dataset, batch_size * accelerator.num_processes, collate_fn=whole))
+    return accelerator.prepare(DataLoader(dataset, batch_size * accelerator.num_processes, collate_fn=tuple))
 
 
 def progress(items, text, accelerator):
@@ -466,9 +449,10 @@ def macro_f1(labels, predictions):
     """Return the mean of F1 = 2 TP / (2 TP + FP + FN), 0 to 1, over the classes that occur, of int64 [N] each."""
     # scikit-learn's f1_score(average="macro"), by hand as its import takes as long as an epoch.
     n = int(max(labels.max(), predictions.max())) + 1
-    hits = labels[labels == predictions].bincount(minlength=n).double()
-    occurrences = labels.bincount(minlength=n) + predictions.bincount(minlength=n)
-    return (2 * hits / occurrences)[occurrences > 0].mean().item()
+    confusion = (n * labels + predictions).bincount(minlength=n * n).view(n, n).double()
+    # TP + FP are all that were predicted as a class, TP + FN all that are of it.
+    f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1))
+    return f1.nanmean().item()  # 0 / 0, not a number: a class that does not occur
 
 
 def scores(log_probs, labels):
@@ -525,9 +509,8 @@ def cli(main):
     except KeyboardInterrupt:
         complain("stopped; trainings go on with --resume")
         code = 130
-    except BrokenPipeError:  # `| head`; Python would complain when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 1
+    except BrokenPipeError:  # `| head`
+        os._exit(1)  # at once: at its usual end Python would flush, and complain
     except OSError as error:
         where = error.filename or "writing"
         code = complain(f"{where}: {error.strerror or error}: check the path and the disk")
@@ -598,9 +581,8 @@ def training_parser(description, lr, image_size):
 
 def each_setting(args, *keys):
     """Return the options of each run: a copy of `args` for every combination of the values of the options `keys`."""
-    values = [dict.fromkeys(getattr(args, key)) for key in keys]  # each value once
-    chosen = itertools.product(*values)
-    return [argparse.Namespace(**vars(args) | dict(zip(keys, combination))) for combination in chosen]
+    combinations = itertools.product(*(dict.fromkeys(getattr(args, key)) for key in keys))  # each value once
+    return [argparse.Namespace(**vars(args) | dict(zip(keys, values))) for values in combinations]
 
 
 def make_accelerator(mixed_precision=None):
@@ -625,19 +607,18 @@ def make_accelerator(mixed_precision=None):
     except (ValueError, ImportError) as error:
         raise UserError(f"Accelerate: {brief(error)}: change it, or run `accelerate config` again") from None
     kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.num_processes != world or steps > 1:
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    is_odd = kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.num_processes != world
+    if is_odd or steps > 1 or cpu and precision == "fp16":
         raise UserError(
             f"Accelerate: {kind.value}, {accelerator.num_processes} of {world} process(es), {steps} accumulation "
-            "step(s): not supported: use torchrun, or run `accelerate config` again"
+            f"step(s), {precision} on {device}: not supported: use torchrun, run `accelerate config` again, or give "
+            "another --mixed-precision"
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("precision fp16: needs a GPU: give --mixed-precision no or bf16")
-    accelerator.print(
-        f"{world} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each, "
-        f"precision {accelerator.mixed_precision.replace('no', 'fp32')}"
-        + ", not on Apple's GPU, which lacks functions that are needed"
-        * torch.backends.mps.is_available()
-    )
+    apple = ", not on Apple's GPU, which lacks functions that are needed" * torch.backends.mps.is_available()
+    threads = f"{torch.get_num_threads()} thread(s) each"
+    precision = precision.replace("no", "fp32")
+    accelerator.print(f"{world} process(es) on {device}, {threads}, precision {precision}{apple}")
     return accelerator
 
 
@@ -649,10 +630,11 @@ def environment(accelerator):
     device = f"cpu ({device}, {os.cpu_count()} cores)"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
-    imported = [name for name in ("torch", "accelerate", "timm") if name in sys.modules]
-    versions = {name: sys.modules[name].__version__ for name in imported}
+    versions = {"python": platform.python_version()}
+    for name in sorted(sys.modules.keys() & {"torch", "accelerate", "timm"}):
+        versions[name] = sys.modules[name].__version__
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "device": device,
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
@@ -756,20 +738,16 @@ def check_folders(accelerator, settings):
             raise UserError(f"{folder}: exists: --resume goes on, --name makes another model")
         if options.resume and not is_started(folder):
             for other in folder.parent.glob(f"e*-{folder.name.partition('-')[2]}"):
-                accelerator.print(
-                    f"{folder}: is another run than {other.name}, as its schedule differs: starts anew"
-                )
+                accelerator.print(f"{folder}: is another run than {other.name}, as its schedule differs: starts anew")
 
 
-def make_config(
-    accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0
-):
+def make_config(accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0):
     """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
 
     `model` and `optimizer`: as Accelerate prepared them. The last three are a probe's: the name of its features, the
     frozen ViT that they come from, a dict, and the seconds they took."""
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
-    trained = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    names = {parameter: name for name, parameter in network.named_parameters()}
     options = vars(options) | {"image_size": data.image_size}
     identity = {key: value for key, value in options.items() if key not in ASIDE}
     identity |= {
@@ -777,7 +755,7 @@ def make_config(
         # Without lr, initial_lr and the like, in which the runs of a model may differ.
         "optimizer": re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer)),
         "parameter groups": [
-            [trained[parameter] for parameter in group["params"] if parameter in trained]
+            [names.get(parameter) for parameter in group["params"] if parameter.requires_grad]
             for group in optimizer.param_groups
         ],
         "backbone": backbone,
@@ -790,8 +768,8 @@ def make_config(
         "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
         "features": features,
         "backbone": backbone,
-        "parameters": frozen + sum(parameter.numel() for parameter in network.parameters()),
-        "trained": sum(parameter.numel() for parameter in trained),
+        "parameters": frozen + sum(parameter.numel() for parameter in names),
+        "trained": sum(parameter.numel() for parameter in names if parameter.requires_grad),
         "feature_seconds": seconds,
         "options": options,
         "data": data.description,
@@ -865,14 +843,6 @@ def lock_folder(path):
     return file
 
 
-def load_checkpoint(file):
-    """Return what a checkpoint holds, a dict; UserError where it cannot be read. No code in it is run."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip files, of pickles, of tensors: many kinds
-        raise damaged(file, error) from None
-
-
 def print_epoch(line, epochs, which=""):
     """Print a line of metrics.jsonl, of so many `epochs`, for people."""
     print(
@@ -928,7 +898,10 @@ class Run:
         if self.ended and not file.exists() and not self.is_complete():
             raise UserError(f"{self.path}: has predictions of other images, and no checkpoint: give --name")
         if file.exists():
-            checkpoint = load_checkpoint(file)
+            try:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code in it
+            except Exception as error:  # of zip files, of pickles, of tensors: many kinds
+                raise damaged(file, error) from None
             try:
                 for name, value in self.objects.items():
                     value.load_state_dict(checkpoint["states"][name])
@@ -1053,18 +1026,17 @@ def make_classifier(run, config, model, backbone=None):
         """Return for each image a dict class name -> probability, the most probable first.
 
         `images`: a folder (its images in the order of their paths, as text), or one or several file names, PIL images
-        or arrays (uint8 [H, W] or [H, W, 3]). Raises UserError for what is none of these."""
+        or arrays (uint8 [H, W] or [H, W, 3]). Raises UserError for what is none of these, and for no images."""
         if isinstance(images, str | Path) and Path(images).is_dir():
-            folder, (images, _) = images, image_files(images)
-            if not images:
-                raise UserError(f"{folder}: no images")
+            images, _ = image_files(images)
         elif not isinstance(images, list | tuple):
             images = [images]
+        if not images:
+            raise UserError("classify: no images")
+        fitted, _, _ = read_images(images, data["side"])
         results = []
-        for start in range(0, len(images), batch_size):
-            fitted, _, _ = read_images(images[start : start + batch_size], data["side"])
-            pixels = stack_images(fitted, data["side"], data["channels"]).to(device)
-            logits = network(resize(pixels / 255, data["image_size"]))
+        for pixels in stack_images(fitted, data["side"], data["channels"]).split(batch_size):
+            logits = network(resize(pixels.to(device) / 255, data["image_size"]))
             for row in logits.float().softmax(1).tolist():
                 results.append(dict(Counter(dict(zip(data["classes"], row))).most_common()))
         return results

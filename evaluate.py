@@ -46,6 +46,7 @@ COLUMNS = """
 run model epochs lr schedule seed features parameters trained feature_seconds seconds steps best_epoch train_accuracy
 val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
+RATES = "`--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts"
 FROZEN = """\
 {name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on \
 its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
@@ -155,9 +156,7 @@ def drop_others(frame, left_out):
         most = runs.identity[texts == texts.mode()[0]].iloc[0]
         for run in runs.itertuples():
             if different := common.differences(most, run.identity):
-                left_out.append(
-                    f"{run.run}: not of the model of most runs of {model}: {', '.join(different)}"
-                )
+                left_out.append(f"{run.run}: not of the model of most runs of {model}: {', '.join(different)}")
                 alike = alike.drop(run.Index)
     is_again = alike.duplicated([*SETTING, "seed"])
     left_out += [f"{run}: setting and seed of another run, which counts once" for run in alike.run[is_again]]
@@ -380,9 +379,7 @@ def draw_pictures(best, sides, models, data):
         line = probes.model.str.replace(r"grid\d+", "grid", n=1, regex=True)
         color = line.map(models.set_index("model").color).fillna("gray")
         panel = "validation accuracy, " + probes.when
-        probes = probes.assign(
-            value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel
-        )
+        probes = probes.assign(value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel)
         yield "which-layer.png", draw_lines(probes, "block")
     if data:
         yield from draw_images(models, data)
@@ -433,8 +430,9 @@ def measured(run, profile):
     for row in profile["rows"]:
         of_row = f"{row['network']} {row['image_size']} {row['batch_size']}"
         if of_row == f"{run.network} {run.image_size} {run.batch_size}":
-            memory = f", {row['peak_mb']:,.4g} MB" if row["peak_mb"] else ""
-            parts.append(f"{row['step_ms']:,.4g} ms{memory} ({row['row']})")
+            time, memory = (row[key] / profile["rows"][0][key] for key in ("step_ms", "peak_mb"))
+            time = f"{row['step_ms']:,.1f} ms ({time:,.2f} times cnn's)"
+            parts.append(f"{row['row']} {time}, {row['peak_mb']:,.0f} MB ({memory:,.2f} times)")
     return "; ".join(parts)
 
 
@@ -456,16 +454,16 @@ def summary_table(sides, models, profile):
     return pd.DataFrame(rows).fillna("")
 
 
-def summary_sentences(sides, rates, profile):
-    """Return a line for each of the homework's questions, with figures and intervals."""
+def summary_sentences(sides, rates, profile, hint):
+    """Return a line for each of the homework's questions, with figures and intervals.
+
+    `hint`: how a step is measured."""
     differences = compare(sides)
-    rows = []
+    first, *others = sides.model.unique()
+    rows, base = [], None
     for title, runs in sides.groupby("title", sort=False):
         mean, run = runs.mean(numeric_only=True), runs.iloc[0]
-        words = (
-            f"{run.model} {mean.accuracy:.2%} (macro-F1 {mean.macro_f1:.4f}, {mean.steps:,.0f} steps)"
-            f"{', ' + differences[title] if title in differences else ''}"
-        )
+        words = f"{run.model} {mean.accuracy:.2%}{', ' + differences[title] if title in differences else ''}"
         if run.when != sides.when.iloc[-1]:
             rows.append({f"Convergence, after {run.when}": words})
             continue
@@ -473,24 +471,30 @@ def summary_sentences(sides, rates, profile):
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
         fall = f"{val:.2%} and {test:.2%}, {fall}" if run.split == "test" else "unknown: there is no test/"
+        steps = measured(run, profile) or None
+        base = base or mean.seconds  # the first model's
+        total = mean.seconds + mean.feature_seconds
+        time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base:,.2f} times {first}'s)"
+        if mean.feature_seconds:
+            time += f", with its features {total:,.1f} s ({total / base:,.2f} times)"
         rows.append(
             {
                 f"Quality, after {run.when}": words,
                 "Generalisation, validation and test accuracy": f"{run.model} {fall}",
-                "Resources": f"{run.model} trains {run.trained:,} of {run.parameters:,} parameters; a step: "
-                f"{measured(run, profile) or 'not measured'}",
-                "Time": f"{run.model} {mean.seconds:.1f} s for training, {mean.feature_seconds:.1f} s for features",
+                "Resources, a step": steps and f"{run.model} {steps}",
+                "Time of the training": time,
                 "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
                 f"{run.tried} setting(s) tried with {run.seeds} seed(s){run.remark}",
             }
         )
-    first, *others = sides.model.unique()
     for model in others:
         for when, pairs in rates[[first, model]].dropna().groupby("when"):
-            text = f"after {when} {model} beats {first} at {sum(pairs[model] > pairs[first])} of {len(pairs)} pairs"
-            rows.append({"Other pairs of rate and schedule, by validation": text})
+            ahead = sum(pairs[model] > pairs[first])
+            change = ", so they change the order" * (0 < ahead < len(pairs))
+            words = f"after {when} {model} beats {first} at {ahead} of {len(pairs)}{change}"
+            rows.append({"Other pairs of rate and schedule, by validation": words})
     clauses = pd.DataFrame(rows)
-    return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
+    return [f"**{question}**: {'; '.join(clauses[question].dropna()) or hint}." for question in clauses]
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -500,14 +504,13 @@ def data_section(models, data):
     lines = ["| Split | Images | In a class | Also in an earlier split |", "| --- | ---: | ---: | ---: |"]
     for split, n in recorded["counts"].items():
         counts = data.labels[split].bincount().tolist() if data else ["?"]
-        lines.append(
-            f"| {split} | {n:,} | {min(counts)} to {max(counts)} | {recorded['repeated'].get(split, 0):,} |"
-        )
+        lines.append(f"| {split} | {n:,} | {min(counts)} to {max(counts)} | {recorded['repeated'].get(split, 0):,} |")
     table = "\n".join(lines)
     return f"""\
 {table}
 
-Classes: {textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have \
+An ImageFolder, `{recorded["path"]}`, with the classes \
+{textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have \
 {" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as \
 {" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}. \
 Skipped, as no images of a class: {common.list_counts(recorded["skipped"])}. \
@@ -519,7 +522,10 @@ def sanity_check(run):
     """Return the result of a model's sanity check, or the command that makes it."""
     file = Path(os.path.abspath(run.run)).parent / "sanity-check.json"
     if not file.exists():
-        return f"not made: `{run.command} --sanity-check`"
+        # The run's own command, without what may have made it a sweep.
+        command = re.sub(r" --(epochs|lr|schedule|seed|features|resume)( (?!--)\S+)*", "", run.command)
+        features = f" --features {run.features}" * (run.features != "pixels")
+        return f"not made: `{command}{features} --sanity-check`"
     check = common.read_json(file)
     # What is checked there is a model of that day: its network or options may have changed since.
     different = ", ".join(common.differences(check.get("identity", check), run.identity))
@@ -538,9 +544,7 @@ def model_section(models, hint):
     for run in models.itertuples():
         different = common.differences(first.identity, run.identity)
         row = f"| {run.model} | {run.image_size} | {run.parameters:,} | {run.trained:,} |"
-        rows.append(
-            f"{row} {', '.join(f'{key} {run.options.get(key, str())}'.strip() for key in different)} |"
-        )
+        rows.append(f"{row} {', '.join(f'{key} {run.options.get(key, str())}'.strip() for key in different) or '-'} |")
         # Without what is off, and what only makes it faster.
         options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
         lines.append(
@@ -549,7 +553,7 @@ def model_section(models, hint):
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
     network = "\n".join(first.network.splitlines()[:26])
-    head = f"| Model | Input (px) | Parameters | Trained | Other than {first.model} |"
+    head = f"| Model | Input (px) | Parameters | Trained | Differs from {first.model} in |"
     return "\n".join(["```", network, "```\n", head, "| --- | ---: | ---: | ---: | --- |", *rows, "", *lines])
 
 
@@ -560,7 +564,7 @@ def profile_section(models, profile, hint):
         return f"Not measured: {hint}"
     is_same = profile["images"] == models.data.iloc[0]["sha256"]["train"]
     return f"""\
-On {profile["machine"]}, of images of {profile["data_dir"]}:
+On {profile["machine"]}, of the images in `{profile["data_dir"]}`:
 {"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.
 {"" if is_same else f"These are other images than those of this report: {hint}"}
 Models that are not in it, by their network, image size or batch:
@@ -613,9 +617,7 @@ def versions_list(frame):
     for model, scripts in frame.groupby("model").scripts:
         counts = pd.DataFrame(itertools.chain(*scripts)).nunique()
         if max(counts) > 1:
-            lines.append(
-                f"{model}: changed between or within its runs: {', '.join(counts.index[counts > 1])}"
-            )
+            lines.append(f"{model}: changed between or within its runs: {', '.join(counts.index[counts > 1])}")
     return bullets(dict.fromkeys(lines))
 
 
@@ -652,7 +654,7 @@ F1 of the hardest classes, and the most frequent confusions, after the most epoc
 {classes_section(sides, models)}
 
 ### Learning rates
-Validation accuracy (%), means over the seeds. More: `--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts.
+Validation accuracy (%), means over the seeds. More: {RATES}.
 
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
@@ -681,14 +683,16 @@ def write_text(frame, sides, models, data, notes, out):
 ## Summary
 {markdown_table(summary_table(sides, models, profile))}
 
-{bullets(summary_sentences(sides, rates, profile))}
+{bullets(summary_sentences(sides, rates, profile, f"not measured: {hint}"))}
 {"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
 {"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
+{"" if len(rates) > sides.when.nunique() else f"- **Other rates and schedules**: need {RATES}"}
 
 Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
 spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals. Seconds: wall time on \
 the machine of section 8; of features that one pass made for several probes each has the whole time. A step: of a \
-batch, as in section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached). \
+batch, as in section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached). Features \
+of 0.0 s were recorded and not timed. \
 Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data
@@ -745,13 +749,9 @@ def main():
             figure.savefig(args.out / name, dpi=100)
             drawn.add(name)
     finally:  # the text is written whatever goes wrong in a picture
-        text = re.sub(
-            r"!\[(.*?)\]\((.*?)\)", lambda link: f"{link[0]}<br>*{link[1]}*" * (link[2] in drawn), text
-        )
+        text = re.sub(r"!\[(.*?)\]\((.*?)\)", lambda link: f"{link[0]}<br>*{link[1]}*" * (link[2] in drawn), text)
         common.atomic_write(file, f"{text}\n\n{answers}## 8 Versions\n\n{versions_list(frame)}\n")
-    print(
-        f"{text[text.index('|') : text.index('## 1 ')]}written: {file}, with runs.csv and pictures beside it"
-    )
+    print(f"{text[text.index('|') : text.index('## 1 ')]}written: {file}, with runs.csv and pictures beside it")
     return 1 if left_out else 0
 
 

@@ -256,9 +256,7 @@ def draw(items, labels, args, skipped):
             drawn["test"] = test
         rows.append({"class": label} | {split: len(group) for split, group in drawn.items()})
         if not all(drawn.values()):
-            raise UserError(
-                f"{rows[-1]}: too few images for a split: change --per-class, a fraction or --classes"
-            )
+            raise UserError(f"{rows[-1]}: too few images for a split: change --per-class, a fraction or --classes")
         for split, group in drawn.items():
             for item in group:
                 name = item.path.name

@@ -11,6 +11,7 @@ profile/<row>-<n>-epochs.trace.json.gz, to be opened at https://ui.perfetto.dev.
 
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -67,7 +68,7 @@ def reset_peak(device):
 
 
 def peak_memory(device):
-    """Return the most MB held at once since `reset_peak`, on a GPU the GPU's, else the process's; None if unknown."""
+    """Return the most MB held at once since `reset_peak`, on a GPU the GPU's, else the process's; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     with suppress(OSError, TypeError):
@@ -77,7 +78,7 @@ def peak_memory(device):
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return None
+    return math.nan
 
 
 def prepare(row, args, accelerator):
@@ -159,8 +160,8 @@ def measure(row, args):
         "Step time (ms)": f"{median:.2f} ({most:.2f})",
         "Images/s": f"{args.batch_size / mean:,.0f}",
         "Waiting for data": f"{seconds[:, 0].sum() / seconds.sum():.1%}",
-        "Peak memory (MB)": f"{peak:,.0f}" if peak else "",
-        "Before (MB)": f"{before:,.0f}" if before else "",
+        "Peak memory (MB)": f"{peak:,.0f}",
+        "Before (MB)": f"{before:,.0f}",
         "Parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "Trained": f"{sum(p.numel() for p in network.parameters() if p.requires_grad):,}",
     }

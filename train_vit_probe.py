@@ -233,9 +233,7 @@ class Backbone(nn.Module):
         self.lengths = [vit.embed_dim * {"class": 1, "last": 2}.get(choice, 1 + 9) for choice in choices]
         self.blocks = [int(choice[4:]) if "grid" in choice else self.last for choice in choices]
         if max(self.blocks) > self.last:
-            raise UserError(
-                f"--features: {BACKBONE} has blocks 0 to {self.last}: give grid0 to grid{self.last}"
-            )
+            raise UserError(f"--features: {BACKBONE} has blocks 0 to {self.last}: give grid0 to grid{self.last}")
 
     @torch.no_grad()
     def forward(self, images):
@@ -311,9 +309,7 @@ def choose_backbone(accelerator, args):
         except UserError as error:
             if named or not RECORDED.exists():
                 raise
-            of_default = (
-                args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
-            )
+            of_default = args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
             if not of_default or NAME != "vit_tiny":
                 raise UserError(f"{error} ({RECORDED.name} has class and grid6 of 224 px only)") from None
             accelerator.print(f"{error}\nusing the recorded features of the default images, {RECORDED.name}")

@@ -310,8 +310,8 @@ def test_the_profile_is_of_what_is_compared(run_main):
     for model in ("CNN", "ViT-Tiny-class"):
         write_run(model, data={"path": "my data"})
     row = {"row": "cnn", "network": CNN, "image_size": 8, "batch_size": 64, "precision": "fp32"}
-    row |= {"step_ms": 1.5, "peak_mb": 20.5, "cells": {"Model": "CNN", "Step": "1.5"}}
-    cached = row | {"row": "cached", "network": PROBE, "step_ms": 0.5, "peak_mb": None}
+    row |= {"step_ms": 1.5, "peak_mb": 20.0, "cells": {"Model": "CNN", "Step": "1.5"}}
+    cached = row | {"row": "cached", "network": PROBE, "step_ms": 0.6, "peak_mb": 30.0}
     cached["cells"] = {"Model": "probe"}
     profile = {"machine": "one", "data_dir": "data", "images": "train", "notes": ["a note"]}
     Path("report").mkdir()

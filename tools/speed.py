@@ -105,9 +105,7 @@ def epoch_table(args):
 
     functions = {
         "as trained": as_trained,
-        "one fixed batch": lambda: train_cnn.train_epoch(
-            accelerator, model, optimizer, fixed, rates, smoothing
-        ),
+        "one fixed batch": lambda: train_cnn.train_epoch(accelerator, model, optimizer, fixed, rates, smoothing),
     }
     in_turn(1, functions)  # warm-up
     seconds = in_turn(5 * args.repeats, functions)
@@ -180,9 +178,7 @@ def copy_runs(template, folder, number):
             config |= changed | counts | {"data": original["data"] | {"image_size": 224}}
         config["options"] = original["options"] | changed
         config["identity"] = original["identity"] | changed
-        config["command"] = (
-            f"python {'train_vit_probe' if 'ViT' in model else 'train_cnn'}.py --lr {lr} --seed {seed}"
-        )
+        config["command"] = f"python {'train_vit_probe' if 'ViT' in model else 'train_cnn'}.py --lr {lr} --seed {seed}"
         path = folder / common.run_folder(argparse.Namespace(**config))
         path.mkdir(parents=True)
         common.write_json(path / "config.json", config)
@@ -224,9 +220,7 @@ def stages_table(args):
     python(args.folder, "-m", "cProfile", "-o", file, *script, "--epochs", args.epochs)
     together = now() - began
     # By file and name: none of these is there twice.
-    stats = {
-        (Path(path).name, name): times for (path, _, name), times in pstats.Stats(str(file)).stats.items()
-    }
+    stats = {(Path(path).name, name): times for (path, _, name), times in pstats.Stats(str(file)).stats.items()}
     cumulative = {key: times[3] for key, times in stats.items()}
     # Accelerate's loader is read through tqdm in training, and directly by `predict`.
     callers = stats["data_loader.py", "__iter__"][4]
