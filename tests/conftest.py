@@ -106,8 +106,7 @@ def fresh(folder, tmp_path):
 def default_data(tmp_path_factory):
     """The default data, prepared once: a folder that holds data/."""
     folder = tmp_path_factory.mktemp("default")
-    result = run_script("prepare_data.py", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    forked.assert_ended_well(forked.run("prepare_data.py", cwd=folder))
     return folder
 
 

@@ -1,5 +1,6 @@
 """train_cnn.py: network, loop and predictions against plain PyTorch, choice of the epoch, classifier, options."""
 
+import functools
 import importlib
 import runpy
 import shlex
@@ -110,14 +111,14 @@ def test_the_best_epoch_is_that_of_the_best_validation_accuracy_then_loss(folder
     data, accelerator = common.load_data("data"), common.make_accelerator("no")
     model, optimizer, _, _ = train_cnn.prepare(options, data, accelerator)
     config = common.make_config(accelerator, options, data, train_cnn.__file__, model, optimizer)
-    with common.Run(accelerator, config, model, optimizer) as run:
-        values = [(0.6, 0.1), (0.8, 1.0), (0.8, 0.5), (0.7, 0.1)]
-        for epoch, (accuracy, loss) in zip(run.remaining_epochs(), values):
-            nn.init.constant_(model[1].classifier[2].bias, epoch)
-            step = 0.1, torch.tensor(1.0 - epoch / 10), torch.tensor(epoch / 10)
-            run.end_epoch([step], {"accuracy": accuracy, "loss": loss, "macro_f1": 1 - epoch / 9})
-        assert run.restore_best_weights() and (model[1].classifier[2].bias == 2).all()
-        run.finish({"val": torch.zeros(15, 3)}, data.labels)
+    run = common.Run(accelerator, config, model, optimizer)
+    values = [(0.6, 0.1), (0.8, 1.0), (0.8, 0.5), (0.7, 0.1)]
+    for epoch, (accuracy, loss) in zip(run.remaining_epochs(), values):
+        nn.init.constant_(model[1].classifier[2].bias, epoch)
+        step = 0.1, torch.tensor(1.0 - epoch / 10), torch.tensor(epoch / 10)
+        run.end_epoch([step], {"accuracy": accuracy, "loss": loss, "macro_f1": 1 - epoch / 9})
+    assert run.restore_best_weights() and (model[1].classifier[2].bias == 2).all()
+    run.finish({"val": torch.zeros(15, 3)}, data.labels)
     assert (load_file(run.path / "model.safetensors")["1.classifier.2.bias"] == 2).all()
 
 
@@ -169,7 +170,7 @@ FROZEN = FROZEN, 145 * 6 + 7 * 3, 7 * 3
 
 @pytest.mark.parametrize("text, parameters, trained", [RESNET, FROZEN], ids=["resnet", "frozen"])
 def test_another_network_is_one_changed_place(fresh, text, parameters, trained):
-    change = "return nn.Sequential(Normalize(channels), CNN(channels, classes, options.widths))", text
+    change = r"return nn\.Sequential\(Normalize.*CNN\(.*", text
     scripts = forked.changed_copy(fresh / "copy", "train_cnn.py", change)
     (run,) = forked.train(*SMALL, "--epochs", 1, "--batch-size", 24, cwd=fresh, scripts=scripts)
     assert (read_config(run)["parameters"], read_config(run)["trained"]) == (parameters, trained)
@@ -202,14 +203,6 @@ def test_a_run_that_diverges_is_said_in_one_line_and_the_others_are_trained(fold
     assert not list((folder / "runs" / "diverges").glob("e3-lr1000000000.0*/checkpoint.pt"))
 
 
-def be_a_mac():
-    """Hook: torch says that Apple's GPU is there, which would fail."""
-    torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
-    torch.accelerator.is_available = lambda: True
-    torch.mps.empty_cache = lambda: None
-    torch.accelerator.current_accelerator = lambda *args, **more: torch.device("mps")
-
-
 PROBE = ["train_vit_probe.py", "--no-pretrained", "--image-size", 32]
 
 
@@ -217,11 +210,11 @@ PROBE = ["train_vit_probe.py", "--no-pretrained", "--image-size", 32]
 def test_apples_gpu_is_left_alone(fresh, script, monkeypatch):
     for more, code in ([], 0), (["--sanity-check", "--lr", 1e-10], 1):
         options = ["--epochs", 1, "--batch-size", 12, *more]
-        done = forked.run(*script, *options, cwd=fresh, hook=be_a_mac)
+        done = forked.run(*script, *options, cwd=fresh, hook=forked.be_a_mac)
         assert (done.returncode, done.stderr) == (code, ""), done.stderr
-        assert " on cpu" in done.stdout and "not on Apple's GPU" in done.stdout
+        assert " cpu" in done.stdout and "Apple" in done.stdout
     (run,) = fresh.glob("runs/*/*/")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: True))
     module = importlib.import_module(script[0].removesuffix(".py"))
     assert len(module.load_classifier(run)(fresh / "data" / "val")) == 15
 
@@ -251,20 +244,10 @@ def test_a_sweep_in_fp16_is_refused():
 BAD = ["--epochs 0", "--epochs 1.5", "--lr nan", "--lr 0", "--lr 1e-3 inf", "--crop-scale 2", "--seed -1"]
 BAD += ["--batch-size 0", "--image-size 7", "--widths 0", "--label-smoothing 1", "--schedule linear"]
 BAD += ["--crop-scale 0", "--weight-decay nan", "--mixed-precision int8", "--epoch 3"]
+BAD += ["--batch-size 49", "--batch-size 1", "--name a/b", "--data-dir nowhere", "--widths 12 8 8 8"]
 
 
 @pytest.mark.parametrize("options", BAD)
-def test_an_option_out_of_range_is_refused_in_one_line(options, capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_cnn.make_parser().parse_args(options.split())
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and options.split()[0] in error
-
-
-IMPOSSIBLE = ["--batch-size 49", "--batch-size 1", "--name a/b", "--data-dir nowhere", "--widths 12 8 8 8"]
-
-
-@pytest.mark.parametrize("options", IMPOSSIBLE)
-def test_an_impossible_option_is_refused_in_one_line(folder, options):
-    name, *values = options.split()
-    assert_user_error(forked.run(*SMALL, name, *values, cwd=folder), values[0])
+def test_an_impossible_option_is_refused_in_one_line(folder, call_main, monkeypatch, options):
+    monkeypatch.chdir(folder)
+    assert_user_error(call_main(train_cnn.main, *SMALL[1:], *options.split()), options.split()[0])
