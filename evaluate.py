@@ -437,21 +437,22 @@ def measured(run, profile):
 
 
 def summary_table(sides, models, profile):
-    """Return the homework's table: a row a model."""
+    """Return the homework's table: a dict a model."""
     rows = []
     for run in models.itertuples():
         row = {"Model": run.model}
-        for when, runs in sides[sides.model == run.model].groupby("when", sort=False):
+        of_model = sides[sides.model == run.model]
+        for when, runs in of_model.groupby("when", sort=False):
             row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
             row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
+        row["Steps"] = " / ".join(map(str, of_model.steps.unique()))
         # `runs` are the last: those of the most epochs.
-        seconds = {
-            "Training (s)": f"{runs.seconds.mean():.1f}",
-            "Features (s)": f"{runs.feature_seconds.mean():.1f}",
-        }
-        steps = f"{' / '.join(map(str, sides[sides.model == run.model].steps.unique()))}"
-        rows.append(row | {"Steps": steps} | seconds | {"A step": measured(run, profile)})
-    return pd.DataFrame(rows).fillna("")
+        row["Training (s)"] = f"{runs.seconds.mean():,.1f}"
+        row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}"
+        steps = [f"{of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB ({of['row']})" for of in measured(run, profile)]
+        row["A step"] = "; ".join(steps)
+        rows.append(row)
+    return rows
 
 
 def summary_sentences(sides, rates, profile, hint):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from forked import ROOT
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -20,13 +18,6 @@ import common
 WEIGHTS = os.environ.get("VIT_TINY_WEIGHTS")
 needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS names no weights")
 weights_file = pytest.param(WEIGHTS, marks=needs_weights)
-
-
-def run_script(name, *args, cwd, env=None, timeout=300):
-    """Run a script of the repository in `cwd`; returns its CompletedProcess, output as text."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    env = os.environ | (env or {})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def finish(process):
 
 
 def run(script, *args, cwd, **more):
-    """Run a script to its end, as conftest's run_script does, in a forked child."""
+    """Run a script to its end, in a forked child, like subprocess.run."""
     return finish(start(script, *args, cwd=cwd, **more))
 
 

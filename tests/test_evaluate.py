@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from sklearn import metrics
@@ -470,8 +470,7 @@ def test_pictures_of_odd_names(run_main):
     images = make_images(sorted(names))
     for model in ("ViT-Tiny-grid1", "ViT-Tiny-grid5", "ViT-Tiny-grid9", "$model$-with-a-name" + 60 * "y"):
         write_run(model, **images)
-    result = run_script("evaluate.py", cwd=".", env={"MPLBACKEND": "nonsense", "PYTHONWARNINGS": "error"})
-    assert result.returncode == 0, result.stderr
+    forked.assert_ended_well(forked.run("evaluate.py", cwd=Path(), env={"MPLBACKEND": "nonsense"}))
     pictures = {path.name for path in Path("report").glob("*.png")}
     charts = {"learning-curves.png", "confusion.png", "which-layer.png"}
     assert charts | {"augmentation.png", "mistakes-2.png"} <= pictures

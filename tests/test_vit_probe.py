@@ -295,8 +295,7 @@ def test_another_vit_is_one_changed_name(name, values, mean, std, fresh, data):
 
 
 def test_sanity_check_passes_and_is_stored(folder):
-    done = forked.run(SCRIPT, *RANDOM, "--sanity-check", cwd=folder)
-    assert done.returncode == 0 and "sanity check: pass: 40 images" in done.stdout, done.stdout
+    forked.assert_ended_well(forked.run(SCRIPT, *RANDOM, "--sanity-check", cwd=folder))
     stored = common.read_json(folder / "runs" / MODEL.format("class-random") / "sanity-check.json")
     assert (stored["passed"], stored["images"], stored["accuracy"]) == (True, 40, 1)
     assert "LinearProbe" in stored["identity"]["network"] and stored["backbone"]["weights"] == "random"
