@@ -320,7 +320,7 @@ def draw_confusions(sides):
 def draw_grid(title, cells, columns):
     """Draw images, each of `cells` float [C, S, S] with a text above it, in rows of `columns`."""
     rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(10, 11 / columns * rows))
+    figure = Figure(figsize=(10, 11 / columns * rows), layout="constrained")
     figure.suptitle(title)
     for place, (image, text) in enumerate(cells, 1):
         axes = figure.add_subplot(rows, columns, place)
@@ -425,54 +425,51 @@ def command(frame, script, *options):
 
 
 def measured(run, profile):
-    """Return in words what the profile has of a run's network, image size and batch: the time and memory of a step."""
-    parts = []
-    for row in profile["rows"]:
-        of_row = f"{row['network']} {row['image_size']} {row['batch_size']}"
-        if of_row == f"{run.network} {run.image_size} {run.batch_size}":
-            time, memory = (row[key] / profile["rows"][0][key] for key in ("step_ms", "peak_mb"))
-            time = f"{row['step_ms']:,.1f} ms ({time:,.2f} times cnn's)"
-            parts.append(f"{row['row']} {time}, {row['peak_mb']:,.0f} MB ({memory:,.2f} times)")
-    return "; ".join(parts)
+    """Return the rows that the profile has of a run's network, image size and batch."""
+    of_run = f"{run.network} {run.image_size} {run.batch_size}"
+    return [of for of in profile["rows"] if f"{of['network']} {of['image_size']} {of['batch_size']}" == of_run]
 
 
 def summary_table(sides, models, profile):
-    """Return the homework's table: a dict a model."""
+    """Return the homework's table: a row a model."""
     rows = []
     for run in models.itertuples():
         row = {"Model": run.model}
-        of_model = sides[sides.model == run.model]
-        for when, runs in of_model.groupby("when", sort=False):
+        for when, runs in sides[sides.model == run.model].groupby("when", sort=False):
             row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
             row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
-        row["Steps"] = " / ".join(map(str, of_model.steps.unique()))
         # `runs` are the last: those of the most epochs.
-        row["Training (s)"] = f"{runs.seconds.mean():,.1f}"
-        row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}"
-        steps = [f"{of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB ({of['row']})" for of in measured(run, profile)]
-        row["A step"] = "; ".join(steps)
-        rows.append(row)
-    return rows
+        seconds = {
+            "Training (s)": f"{runs.seconds.mean():.1f}",
+            "Features (s)": f"{runs.feature_seconds.mean():.1f}",
+        }
+        steps = f"{' / '.join(map(str, sides[sides.model == run.model].steps.unique()))}"
+        of_rows = measured(run, profile)
+        step = "; ".join(f"{of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB ({of['row']})" for of in of_rows)
+        rows.append(row | {"Steps": steps} | seconds | {"A step": step})
+    return pd.DataFrame(rows).fillna("")
 
 
-def summary_sentences(sides, rates, profile, hint):
-    """Return a line for each of the homework's questions, with figures and intervals.
-
-    `hint`: how a step is measured."""
+def summary_sentences(sides, rates, profile):
+    """Return a line for each of the homework's questions, with figures and intervals."""
     differences = compare(sides)
     first, *others = sides.model.unique()
     rows, base = [], None
     for title, runs in sides.groupby("title", sort=False):
         mean, run = runs.mean(numeric_only=True), runs.iloc[0]
         words = f"{run.model} {mean.accuracy:.2%}{', ' + differences[title] if title in differences else ''}"
-        if run.when != sides.when.iloc[-1]:
-            rows.append({f"Convergence, after {run.when}": words})
+        question = "Quality" if run.when == sides.when.iloc[-1] else "Convergence"
+        rows.append({f"{question}, after {run.when}": words})
+        if question == "Convergence":
             continue
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
         fall = f"{val:.2%} and {test:.2%}, {fall}" if run.split == "test" else "unknown: there is no test/"
-        steps = measured(run, profile) or None
+        for of in measured(run, profile):
+            time, memory = (of[key] / profile["rows"][0][key] for key in ("step_ms", "peak_mb"))
+            step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {of['peak_mb']:,.0f} MB"
+            rows.append({"Resources, a step": f"{step}, {time:,.2f} and {memory:,.2f} times the CNN's"})
         base = base or mean.seconds  # the first model's
         total = mean.seconds + mean.feature_seconds
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base:,.2f} times {first}'s)"
@@ -480,9 +477,7 @@ def summary_sentences(sides, rates, profile, hint):
             time += f", with its features {total:,.1f} s ({total / base:,.2f} times)"
         rows.append(
             {
-                f"Quality, after {run.when}": words,
                 "Generalisation, validation and test accuracy": f"{run.model} {fall}",
-                "Resources, a step": steps and f"{run.model} {steps}",
                 "Time of the training": time,
                 "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
                 f"{run.tried} setting(s) tried with {run.seeds} seed(s){run.remark}",
@@ -495,7 +490,7 @@ def summary_sentences(sides, rates, profile, hint):
             words = f"after {when} {model} beats {first} at {ahead} of {len(pairs)}{change}"
             rows.append({"Other pairs of rate and schedule, by validation": words})
     clauses = pd.DataFrame(rows)
-    return [f"**{question}**: {'; '.join(clauses[question].dropna()) or hint}." for question in clauses]
+    return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -605,7 +600,7 @@ def classes_section(sides, models):
         top = pairs.query("labels != predicted").value_counts().head(5)
         confusions = (f"{names[a]} as {names[b]}: {n / images[a]:.1%}" for (a, b), n in top.items())
         lines.append(f"{title}: {', '.join(confusions) or 'none'}")
-    hardest = f1.loc[f1.mean(axis=1).nsmallest(8).index].round(4)
+    hardest = f1.loc[f1.mean(axis=1).nsmallest(8).index].map("{:.4f}".format)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"
 
 
@@ -676,6 +671,7 @@ def write_text(frame, sides, models, data, notes, out):
     hint = command(frame, "profile_models.py", "--out", out.as_posix())
     tried = frame[frame.title.isin(sides.title)]
     rates = tried.pivot_table("val_accuracy", ["when", "schedule", "lr"], "model")
+    sentences = bullets(summary_sentences(sides, rates, profile))
     train_cnn = command(frame, "train_cnn.py")
     train_probe = command(frame, "train_vit_probe.py")
     return f"""\
@@ -684,7 +680,8 @@ def write_text(frame, sides, models, data, notes, out):
 ## Summary
 {markdown_table(summary_table(sides, models, profile))}
 
-{bullets(summary_sentences(sides, rates, profile, f"not measured: {hint}"))}
+{sentences}
+{"" if "**Resources" in sentences else f"- **Resources**: not measured: {hint}"}
 {"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
 {"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
 {"" if len(rates) > sides.when.nunique() else f"- **Other rates and schedules**: need {RATES}"}
@@ -740,7 +737,7 @@ def main():
     data = open_images(models.iloc[0])
     if data:
         find_mistakes(models, data).to_csv(args.out / "mistakes.csv", index=False)
-    text = write_text(frame, sides, models, data, notes + left_out, args.out)
+    text = re.sub(r"\n{3,}", "\n\n", write_text(frame, sides, models, data, notes + left_out, args.out))
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 7 .*?(?=^## [78] |\Z)", old + ANSWERS, re.M | re.S)[0]

@@ -64,7 +64,7 @@ def reset_peak(device):
             return "Peak memory: the most of the GPU's held at once in the steps."
         (PROC / "clear_refs").write_text("5")  # sets VmHWM back to what is held now
         return "Peak memory: the most that the process held at once in the steps."
-    return "Peak memory: of the whole process, its start included: this system cannot count the steps alone."
+    return "Peak memory: of the whole process, its start included (nan: unknown): this system cannot count steps."
 
 
 def peak_memory(device):

@@ -98,6 +98,10 @@ class FeatureDataset(torch.utils.data.Dataset):
         index = torch.tensor(indices, device=self.labels.device)
         return self.features[index], self.labels[index]
 
+    def __getitem__(self, i):
+        """Return the features and the label of one image, to look at."""
+        return self.features[i], self.labels[i]
+
 
 def make_optimizer(model, options):
     """Return AdamW, for the weights and the bias alike."""

@@ -269,8 +269,7 @@ def test_the_recorded_features_are_those_of_the_default_data(default_data):
 
 
 # Another backbone: its name, the values of a token, mean and deviation of the images that it was trained with.
-BACKBONES = [("deit_tiny", 192, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-BACKBONES += [("vit_small", 384, [0.5] * 3, [0.5] * 3)]
+BACKBONES = [("deit_tiny", 192, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ("vit_small", 384, [0.5] * 3, [0.5] * 3)]
 
 
 @pytest.mark.parametrize("name, values, mean, std", BACKBONES, ids=["deit_tiny", "vit_small"])
