@@ -66,8 +66,7 @@ def test_report(profiled):
 
 def test_parameters_equal_counting(profiled):
     cnn, vit, cached = (row["cells"] for row in profiled[1]["rows"])
-    linear = 192 * 6 + 6
-    tokens, width = 14 * 14 + 1, 192
+    linear, tokens, width = 192 * 6 + 6, 14 * 14 + 1, 192
     # Attention and MLP with their biases, two layer norms; class token, positions, patches, the last layer norm.
     block = (3 + 1 + 4 + 4) * width**2 + (3 + 1 + 4 + 1 + 2 * 2) * width
     backbone = 12 * block + (1 + tokens + 16 * 16 * 3 + 1 + 2) * width
