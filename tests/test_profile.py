@@ -33,7 +33,7 @@ def profiled(small):
     """A folder in which the script ran beside Apple's GPU, by batches of 2: three steps an epoch; and profile.json."""
     (small / "sitecustomize.py").write_text(f"{inspect.getsource(forked.be_a_mac)}\n\nbe_a_mac()\n")
     options = ["--epochs", 1, 3, "--batch-size", 2, "--mixed-precision", "no", "--out", "out", "--steps", 6]
-    done = forked.run("profile_models.py", *options, cwd=small, env={"PYTHONPATH": str(small)})
+    done = forked.run("profile_models.py", *options, cwd=small, env={"PYTHONPATH": str(small)}, daemon=False)
     forked.assert_ended_well(done)
     assert torch.cuda.is_available() or done.stdout.count("Apple") == 3
     return small, json.loads((small / "out" / "profile.json").read_text())
@@ -95,7 +95,7 @@ def test_traces_have_the_steps_asked_for_and_spans_hold_what_they_name(profiled,
 def test_a_mistake_is_one_line(small):
     assert_user_error(forked.run("profile_models.py", "--epochs", 0, cwd=small), "--epochs")
     # Of the process that measures.
-    assert_user_error(forked.run("profile_models.py", cwd=small), "--batch-size 64", "2 to 6")
+    assert_user_error(forked.run("profile_models.py", cwd=small, daemon=False), "--batch-size 64", "2 to 6")
 
 
 @pytest.fixture
