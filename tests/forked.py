@@ -155,7 +155,7 @@ def child(script, args, cwd, output, hook, hook_args, env, scripts):
 def start(script, *args, cwd, hook=None, hook_args=(), env=None, output="output", scripts=None, daemon=True):
     """Start `script` (of the folder `scripts`, else of the repository) in `cwd`; `finish` waits for it.
 
-    `hook(*hook_args)` is called first; `env`: environment variables to set, None: to unset. Not a `daemon`: it may have children.
+    `hook(*hook_args)` is called first; `env`: variables to set, None: to unset. Not a `daemon`: it may have children.
     """
     arguments = (script, args, cwd, cwd / output, hook, hook_args, env or {}, scripts)
     process = context.Process(target=child, args=arguments, daemon=daemon)
