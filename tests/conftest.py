@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from forked import ROOT
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -21,11 +20,18 @@ needs_weights = pytest.mark.skipif(not WEIGHTS, reason="VIT_TINY_WEIGHTS names n
 weights_file = pytest.param(WEIGHTS, marks=needs_weights)
 
 
-def run_script(name, *args, cwd, env=None, timeout=300):
-    """Run a script of the repository in `cwd`; returns its CompletedProcess, output as text."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    env = os.environ | (env or {})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a script's main in this process, as its last line does; returns returncode, stdout and stderr."""
+
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            common.cli(main)
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=stdout, stderr=stderr)
+
+    return call
 
 
 def metrics(run):
@@ -91,8 +97,7 @@ def fresh(folder, tmp_path):
 def default_data(tmp_path_factory):
     """The default data, prepared once: a folder that holds data/."""
     folder = tmp_path_factory.mktemp("default")
-    result = run_script("prepare_data.py", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    forked.assert_ended_well(forked.run("prepare_data.py", cwd=folder))
     return folder
 
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ def make_images(root, counts=(16, 5, 5), classes=("class0", "class1", "class2"),
     rng = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts):
         for label, name in enumerate(classes):
-            folder = root / split / name
+            folder = Path(root, split, name)
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 150, (side, side)).astype(np.uint8)
@@ -37,13 +38,13 @@ def make_images(root, counts=(16, 5, 5), classes=("class0", "class1", "class2"),
 
 
 def changed_copy(folder, script, *changes):
-    """Copy a script and common.py into `folder`, as coursework does, each of `changes` (old, new) made in it."""
+    """Copy a script and common.py into `folder`, as coursework does; `changes`: regular expressions, and new texts."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "common.py", folder)
     text = (ROOT / script).read_text()
     for old, new in changes:
-        assert old in text, f"{script} has no {old!r} any more: adapt the test"
-        text = text.replace(old, new)
+        text, count = re.subn(old, new, text)
+        assert count, f"{script} has no {old!r} any more: adapt the test"
     (folder / script).write_text(text)
     return folder
 
@@ -103,6 +104,18 @@ def be_offline():
     huggingface_hub.try_to_load_from_cache = lambda *args, **more: None
 
 
+def be_a_mac():
+    """Hook, or what Python imports at its start: torch says that there is Apple's GPU; whoever takes it fails."""
+    import functools
+
+    import torch
+
+    is_available = functools.cache(lambda: True)  # like torch's own, which has __wrapped__
+    torch.backends.mps.is_available = torch.backends.mps.is_built = torch.accelerator.is_available = is_available
+    torch.accelerator.current_accelerator = lambda *args, **more: torch.device("mps")
+    torch.mps.empty_cache = lambda: None
+
+
 def die_at(place, count, by=signal.SIGKILL):
     """Hook: send this process a signal when it comes to `place` for the `count`-th time."""
     places = []
@@ -139,13 +152,13 @@ def child(script, args, cwd, output, hook, hook_args, env, scripts):
     common.cli(module.main)
 
 
-def start(script, *args, cwd, hook=None, hook_args=(), env=None, output="output", scripts=None):
+def start(script, *args, cwd, hook=None, hook_args=(), env=None, output="output", scripts=None, daemon=True):
     """Start `script` (of the folder `scripts`, else of the repository) in `cwd`; `finish` waits for it.
 
-    `hook(*hook_args)` is called first; `env`: environment variables to set, or with None to unset.
+    `hook(*hook_args)` is called first; `env`: variables to set, None: to unset. Not a `daemon`: it may have children.
     """
     arguments = (script, args, cwd, cwd / output, hook, hook_args, env or {}, scripts)
-    process = context.Process(target=child, args=arguments, daemon=True)
+    process = context.Process(target=child, args=arguments, daemon=daemon)
     process.output = cwd / output
     process.start()
     return process
@@ -161,7 +174,7 @@ def finish(process):
 
 
 def run(script, *args, cwd, **more):
-    """Run a script to its end, as conftest's run_script does, in a forked child."""
+    """Run a script to its end, in a forked child, like subprocess.run."""
     return finish(start(script, *args, cwd=cwd, **more))
 
 

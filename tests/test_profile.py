@@ -3,6 +3,7 @@
 import argparse
 import collections
 import gzip
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import GradientState
-from conftest import WEIGHTS, assert_user_error, first_images, needs_weights, run_script
+from conftest import WEIGHTS, assert_user_error, first_images, needs_weights
 
 import common
 import profile_models
@@ -19,12 +20,6 @@ import train_cnn
 import train_vit_probe
 
 SPANS = ["data", "Optimizer.step#AdamW.step"]  # one of each in a step
-# A stand-in for Apple's GPU, which Python imports at its start, in the processes that measure too: torch says that
-# there is one, and whoever takes it fails.
-APPLE = """import functools, torch
-torch.backends.mps.is_available = torch.accelerator.is_available = functools.lru_cache(lambda: True)
-torch.accelerator.current_accelerator = lambda *args, **kwargs: torch.device("mps")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +31,11 @@ def small(default_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def profiled(small):
     """A folder in which the script ran beside Apple's GPU, by batches of 2: three steps an epoch; and profile.json."""
-    (small / "sitecustomize.py").write_text(APPLE)
+    (small / "sitecustomize.py").write_text(f"{inspect.getsource(forked.be_a_mac)}\n\nbe_a_mac()\n")
     options = ["--epochs", 1, 3, "--batch-size", 2, "--mixed-precision", "no", "--out", "out", "--steps", 6]
-    done = run_script("profile_models.py", *options, cwd=small, env={"PYTHONPATH": str(small)})
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert torch.cuda.is_available() or done.stdout.count("not on Apple's GPU") == 3
+    done = forked.run("profile_models.py", *options, cwd=small, env={"PYTHONPATH": str(small)}, daemon=False)
+    forked.assert_ended_well(done)
+    assert torch.cuda.is_available() or done.stdout.count("Apple") == 3
     return small, json.loads((small / "out" / "profile.json").read_text())
 
 
@@ -71,8 +66,7 @@ def test_report(profiled):
 
 def test_parameters_equal_counting(profiled):
     cnn, vit, cached = (row["cells"] for row in profiled[1]["rows"])
-    linear = 192 * 6 + 6
-    tokens, width = 14 * 14 + 1, 192
+    linear, tokens, width = 192 * 6 + 6, 14 * 14 + 1, 192
     # Attention and MLP with their biases, two layer norms; class token, positions, patches, the last layer norm.
     block = (3 + 1 + 4 + 4) * width**2 + (3 + 1 + 4 + 1 + 2 * 2) * width
     backbone = 12 * block + (1 + tokens + 16 * 16 * 3 + 1 + 2) * width
@@ -101,7 +95,7 @@ def test_traces_have_the_steps_asked_for_and_spans_hold_what_they_name(profiled,
 def test_a_mistake_is_one_line(small):
     assert_user_error(forked.run("profile_models.py", "--epochs", 0, cwd=small), "--epochs")
     # Of the process that measures.
-    assert_user_error(run_script("profile_models.py", cwd=small), "--batch-size 64", "2 to 6")
+    assert_user_error(forked.run("profile_models.py", cwd=small, daemon=False), "--batch-size 64", "2 to 6")
 
 
 @pytest.fixture
@@ -163,7 +157,7 @@ def test_a_gpu_is_busy_with_kernels_and_copies():
 def test_recorded_features_are_half_a_step_off_at_most(small, tmp_path, monkeypatch):
     """The probe reads back what it computes itself; values beyond the ends of the levels become these ends."""
     file = tmp_path / "recorded.safetensors"
-    done = run_script("tools/record_features.py", "--out", file, cwd=small)
+    done = forked.run("record_features.py", "--out", file, cwd=small, scripts=forked.ROOT / "tools")
     assert done.returncode == 0, done.stderr
     data = common.load_data(str(small / "data"))
     monkeypatch.setattr(train_vit_probe, "RECORDED", file)

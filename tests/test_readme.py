@@ -5,14 +5,12 @@ import shlex
 import shutil
 
 import forked
-from conftest import ROOT, needs_weights
+from conftest import needs_weights
+from forked import ROOT
 
 # Their options are tested in files of their own, on these the data are made, fetched, or measured.
 ELSEWHERE = {"prepare_data.py", "prepare_data.py --source CIFAR10 --classes cat dog bird --out data-cifar"}
-ELSEWHERE |= {
-    "profile_models.py --epochs 1 3",
-    "profile_models.py --data-dir data-vehicles --out report-vehicles",
-}
+ELSEWHERE |= {"profile_models.py --epochs 1 3", "profile_models.py --data-dir data-vehicles --out report-vehicles"}
 INSTALL = "pip install -r requirements.txt && python "  # and the first training
 
 
