@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 DATA_DIR = "data"
 RUNS_DIR = Path("runs")
 REPORT_DIR = Path("report")
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 LARGEST_DEFAULT_SIZE = 64  # px, for larger images where --image-size is not given
 
 
@@ -704,8 +704,8 @@ ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sa
 def model_name(options, parser, base):
     """Return the name of a run's model: --name, else `base`, the data folder and options that are not at default."""
     if options.name is not None:
-        if not re.fullmatch(r"[^/\\.][^/\\]*", options.name):
-            raise UserError(f"--name {options.name}: give the plain name of a folder in {RUNS_DIR}/")
+        if not re.fullmatch(r"\w[\w.=,+ -]*", options.name):
+            raise UserError(f"--name {options.name}: give letters, digits and .=,+- (a folder in {RUNS_DIR}/)")
         return options.name
     folder = Path(os.path.abspath(options.data_dir)).name  # as it was typed: links are not followed
     parts = [base] if folder == DATA_DIR else [base, folder]
@@ -737,7 +737,7 @@ def check_folders(accelerator, settings):
         if is_started(folder) and not options.resume:
             raise UserError(f"{folder}: exists: --resume goes on, --name makes another model")
         if options.resume and not is_started(folder):
-            for other in folder.parent.glob(f"e*-{folder.name.partition('-')[2]}"):
+            for other in filter(is_started, folder.parent.glob(f"e*-{folder.name.partition('-')[2]}")):
                 accelerator.print(f"{folder}: is another run than {other.name}, as its schedule differs: starts anew")
 
 
@@ -814,18 +814,23 @@ def log_epoch(writer, line, rates, losses, model):
         writer.add_scalar("by step/learning rate", rate, i)
         writer.add_scalar("by step/loss", loss, i)
     for name, parameter in model.named_parameters():
-        writer.add_histogram(f"weights/{name}", parameter.detach().float(), epoch)
-        # Of the epoch's last step; with fp16 it can have overflowed.
-        if parameter.grad is not None and parameter.grad.isfinite().all():
-            writer.add_histogram(f"gradients/{name}", parameter.grad.float(), epoch)
+        with contextlib.suppress(ValueError):  # values of 1e20 and more: TensorBoard has no bin for them
+            writer.add_histogram(f"weights/{name}", parameter.detach().float(), epoch)
+            # Of the epoch's last step; with fp16 it can have overflowed.
+            if parameter.grad is not None and parameter.grad.isfinite().all():
+                writer.add_histogram(f"gradients/{name}", parameter.grad.float(), epoch)
 
 
 def check_model(config):
-    """Raise UserError where the folder of a run's model holds runs of another model."""
-    for file in sorted((RUNS_DIR / config["model"]).glob("*/config.json")):
+    """Raise UserError where the folder of a run's model holds runs of another model, or the run's own another run."""
+    own = run_folder(argparse.Namespace(**config))
+    for file in sorted(own.parent.glob("*/config.json")):
         if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
-            identity = read_json(file).get("identity", {"network": "of older scripts"})
-            if found := differences(identity, config["identity"]):
+            earlier = read_json(file)
+            found = differences(earlier.get("identity", {"network": "of older scripts"}), config["identity"])
+            if file.parent == own:  # which may be a copy of another run's folder
+                found += differences(earlier, {key: config[key] for key in SETTING})
+            if found:
                 raise UserError(f"{file.parent}: is of another model ({', '.join(found)}): give --name")
 
 

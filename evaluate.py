@@ -46,9 +46,10 @@ COLUMNS = """
 run model epochs lr schedule seed features parameters trained feature_seconds seconds steps best_epoch train_accuracy
 val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
-RATES = "`--lr 1e-3 5e-3 2e-2 --schedule cosine constant`, for both scripts"
+RATES = "`--lr 2e-3 5e-3 1e-2 2e-2 --schedule cosine constant --resume` of both scripts, with each `--epochs`"
 FROZEN = """\
-{name} with {weights} weights (SHA-256 {sha256:.12}): its {parameters:,} parameters are frozen, only a linear layer on \
+{name}; weights: {weights} (pretrained, random, or recorded: only the features of pretrained ones; SHA-256 \
+{sha256:.12}). Its {parameters:,} parameters are frozen, only a linear layer on \
 its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
 {std}), the features by those of the training images. `class`: the class token after the last block; `last`: with the \
 mean of that block's patch tokens; `grid6`: the class token with the patch tokens after block 6, averaged over a 3x3 \
@@ -108,6 +109,7 @@ def read_run(folder):
         "images": len(labels),
         "when": epochs,
         "title": f"{model}, {epochs}",
+        "is_named": bool(config["options"].get("name")),
         "is_control": "'random'" in str(config["backbone"]),
         "augmentation": augmentation(config["options"]),
         "curve": curve,
@@ -148,7 +150,7 @@ def drop_others(frame, left_out):
     the training scripts demand it of a new run; of a setting and seed one."""
     is_same = frame.data_set == frame.data_set.mode()[0]
     for _, folders in frame.run[~is_same].map(os.path.dirname).groupby(frame.data_set):
-        again = shlex.join(["python", "evaluate.py", *folders.unique()])
+        again = shlex.join(["python", "evaluate.py", *folders.unique(), "--out", "report-other"])
         left_out.append(f"runs on other images: `{again}`; or --resume, if test/ came later")
     alike = frame[is_same]
     for model, runs in alike.groupby("model"):
@@ -206,9 +208,9 @@ def list_models(best):
     best = best[~best.is_control | best.is_control.all()]
     best = best[best.epochs.isin(shared_epochs(best))]
     ranked = best.sort_values(["epochs", "seeds", "validation"], ascending=False).drop_duplicates("model")
-    # Without options: the shortest name, of CNNs and of the probes on the class token.
+    # Without options: the shortest name, if it was not given by --name, of CNNs and of the probes on the class token.
     plain = ranked.query("features in ['pixels', 'class']")
-    first = plain.model.str.len().groupby(plain.features).idxmin()
+    first = (plain.model.str.len() + 999 * plain.is_named).groupby(plain.features).idxmin()
     others = ranked.drop(first)
     ranked = pd.concat([ranked.loc[first], others])
     cnns = ranked.query("features == 'pixels'").model[:MAX_CNNS]
@@ -247,9 +249,9 @@ def compare(sides):
     The difference is the mean over the images of d, the difference between the shares of the shared seeds that have an
     image right. Its 95% interval is by SE² = var(d) / images + var(D) / seeds with D, the seeds' own differences. The
     first term is the paired comparison of Miller, "Adding Error Bars to Evals" (2024, arXiv 2411.00640); one seed has
-    no second. Models without a seed in common have no difference."""
-    words = {}
+    no second."""
     is_first = sides.model == sides.groupby("when").model.transform("first")
+    words = dict.fromkeys(sides.title[~is_first], "no seed in common with the first")
     pairs = sides[is_first].merge(sides[~is_first], on=["when", "seed"])
     for (title, first), runs in pairs.groupby(["title_y", "model_x"], sort=False):
         d = np.stack(runs.right_y).astype(float) - np.stack(runs.right_x)  # [seeds, images]
@@ -314,6 +316,7 @@ def draw_confusions(sides):
         )
         axes.set_title(f"{shorten(run.title, 36)}\nseed {run.seed}")
         axes.label_outer()
+        axes.tick_params(labelbottom=place + 3 > len(runs))
     return figure
 
 
@@ -442,7 +445,7 @@ def summary_table(sides, models, profile):
         row["Steps"] = " / ".join(map(str, of_model.steps.unique()))
         # `runs` are the last: those of the most epochs.
         row["Training (s)"] = f"{runs.seconds.mean():,.1f}"
-        row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}"
+        row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}" * (run.features != "pixels")
         steps = [f"{of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB ({of['row']})" for of in measured(run, profile)]
         row["A step"] = "; ".join(steps)
         rows.append(row)
@@ -452,8 +455,8 @@ def summary_table(sides, models, profile):
 def summary_sentences(sides, rates, profile):
     """Return a line for each of the homework's questions, with figures and intervals."""
     differences = compare(sides)
-    first, *others = sides.model.unique()
-    rows, base = [], None
+    first, *others = sides.model[sides.epochs == sides.epochs.max()].unique()
+    rows, base, costs = [], None, None
     for title, runs in sides.groupby("title", sort=False):
         mean, run = runs.mean(numeric_only=True), runs.iloc[0]
         words = f"{run.model} {mean.accuracy:.2%}{', ' + differences[title] if title in differences else ''}"
@@ -464,30 +467,35 @@ def summary_sentences(sides, rates, profile):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        fall = f"{val:.2%} and {test:.2%}, {fall}" if run.split == "test" else "unknown: there is no test/"
-        for of in measured(run, profile):
-            time, memory = (of[key] / profile["rows"][0][key] for key in ("step_ms", "peak_mb"))
-            step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {of['peak_mb']:,.0f} MB"
-            rows.append({"Resources, a step": f"{step}, {time:,.2f} and {memory:,.2f} times the CNN's"})
-        base = base or mean.seconds  # the first model's
+        fall = f", test {test:.2%}, {fall}" if run.split == "test" else ", there is no test/"
         total = mean.seconds + mean.feature_seconds
-        time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base:,.2f} times {first}'s)"
+        base = base or (mean.seconds, total)  # the first model's
+        time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
         if mean.feature_seconds:
-            time += f", with its features {total:,.1f} s ({total / base:,.2f} times)"
+            time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
+        for of in measured(run, profile):
+            costs = costs or of
+            ratios = f"{of['step_ms'] / costs['step_ms']:,.2f} and {of['peak_mb'] / costs['peak_mb']:,.2f} times"
+            step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {of['peak_mb']:,.0f} MB"
+            rows.append({"Resources, a step": f"{step}, {ratios} the first of these"})
         rows.append(
             {
-                "Generalisation, validation and test accuracy": f"{run.model} {fall}",
+                "Resources, parameters trained": f"{run.model} {run.trained:,} of {run.parameters:,}",
                 "Time of the training": time,
+                "Generalisation (interval: validation less test)": f"{run.model} training {mean.train_accuracy:.2%}, "
+                f"validation {val:.2%}{fall}",
+                "Best epoch by validation": f"{run.model} {mean.best_epoch:.1f}",
                 "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
-                f"{run.tried} setting(s) tried with {run.seeds} seed(s){run.remark}",
+                f"{run.data['counts']['train']:,} images in batches of {run.batch_size}, {run.schedule} {run.lr:g}, "
+                f"best of {run.tried} tried with {run.seeds} seed(s){run.remark}",
             }
         )
     for model in others:
-        for when, pairs in rates[[first, model]].dropna().groupby("when"):
-            ahead = sum(pairs[model] > pairs[first])
-            change = ", so they change the order" * (0 < ahead < len(pairs))
-            words = f"after {when} {model} beats {first} at {ahead} of {len(pairs)}{change}"
-            rows.append({"Other pairs of rate and schedule, by validation": words})
+        for epochs, pairs in rates[[first, model]].dropna().groupby("epochs"):
+            if len(pairs) > 1:
+                ahead = f"{sum(pairs[model] > pairs[first])} of {len(pairs)}"
+                words = f"after {epochs} epoch(s) {model} beats {first} at {ahead}"
+                rows.append({"Other pairs of rate and schedule, by mean validation accuracy": words})
     clauses = pd.DataFrame(rows)
     return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
 
@@ -498,14 +506,14 @@ def data_section(models, data):
     recorded = models.data.iloc[0]
     lines = ["| Split | Images | In a class | Also in an earlier split |", "| --- | ---: | ---: | ---: |"]
     for split, n in recorded["counts"].items():
-        counts = data.labels[split].bincount().tolist() if data else ["?"]
+        counts = data.labels[split].bincount(minlength=len(data.classes)).tolist() if data else ["?"]
         lines.append(f"| {split} | {n:,} | {min(counts)} to {max(counts)} | {recorded['repeated'].get(split, 0):,} |")
     table = "\n".join(lines)
     return f"""\
 {table}
 
 An ImageFolder, `{recorded["path"]}`, with the classes \
-{textwrap.shorten(", ".join(recorded["classes"]), 500)}. The photographs have \
+{textwrap.shorten(", ".join(recorded["classes"]), 500)}. The images have \
 {" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as \
 {" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}. \
 Skipped, as no images of a class: {common.list_counts(recorded["skipped"])}. \
@@ -518,14 +526,15 @@ def sanity_check(run):
     file = Path(os.path.abspath(run.run)).parent / "sanity-check.json"
     if not file.exists():
         # The run's own command, without what may have made it a sweep.
-        command = re.sub(r" --(epochs|lr|schedule|seed|features|resume)( (?!--)\S+)*", "", run.command)
+        command = re.sub(r" --(epochs|lr|schedule|seed|features|name|resume)([ =](?!--)\S+)*", "", run.command)
         features = f" --features {run.features}" * (run.features != "pixels")
-        return f"not made: `{command}{features} --sanity-check`"
+        name = f" --name {shlex.quote(run.model)}" * run.is_named
+        return f"not made: `{command}{features}{name} --sanity-check`"
     check = common.read_json(file)
     # What is checked there is a model of that day: its network or options may have changed since.
     different = ", ".join(common.differences(check.get("identity", check), run.identity))
     return (
-        f"{'passed' if check['passed'] else 'FAILED'}{different and f', but of another model ({different})'}: "
+        f"{'passed' if check['passed'] else 'FAILED'}{different and f', but of other options ({different})'}: "
         f"{check['images']} images, accuracy {check['accuracy']:.1%}, loss {check['loss']:.4f}"
     )
 
@@ -547,7 +556,7 @@ def model_section(models, hint):
             f"of {run.batch_size}, label smoothing {run.label_smoothing}. Training images: "
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
-    network = "\n".join(first.network.splitlines()[:26])
+    network = "\n".join(first.network.splitlines()[:24])
     head = f"| Model | Input (px) | Parameters | Trained | Differs from {first.model} in |"
     return "\n".join(["```", network, "```\n", head, "| --- | ---: | ---: | ---: | --- |", *rows, "", *lines])
 
@@ -574,13 +583,13 @@ def results_table(sides):
     """Return a row for each model and number of epochs."""
     lines = [
         "| Model | Rate | Tried | Seeds | Best epoch | Steps | Train (%) | Validation (%) | Accuracy (%) | Macro-F1 |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for title, runs in sides.groupby("title", sort=False):
         run = runs.iloc[0]
         lines.append(
-            f"| {title} | {run.schedule} {run.lr:g} | {run.tried} | {run.seeds} | {runs.best_epoch.mean():.1f} | "
-            f"{runs.steps.mean():,.0f} | {mean_sd(100 * runs.train_accuracy, 2)} | "
+            f"| {title} | {run.schedule} {run.lr:g} | {run.tried} | {run.seeds} | {runs.best_epoch.mean():.1f} of "
+            f"{runs.curve.map(len).mean():g} | {runs.steps.mean():,.0f} | {mean_sd(100 * runs.train_accuracy, 2)} | "
             f"{mean_sd(100 * runs.val_accuracy, 2)} | {mean_sd(100 * runs.accuracy, 2)} | {mean_sd(runs.macro_f1)} |"
         )
     return "\n".join(lines)
@@ -620,7 +629,7 @@ def open_images(run):
     """Return the images that a run was trained with and reports on, a Data; None if they are gone."""
     try:
         data = common.load_data(run.data["path"], run.image_size)
-        if common.differences(run.data["sha256"], data.description["sha256"]):
+        if not run.data["sha256"].items() <= data.description["sha256"].items():
             raise UserError(f"{run.data['path']}: has other images now")
         return data
     except (OSError, UserError) as error:
@@ -641,7 +650,7 @@ Validation chose the epoch, whose weights are reported, and the rate and schedul
 Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
 seeds; where there is one seed, from the images alone: then it speaks of these two runs.
 
-{bullets(map(": ".join, compare(sides).items()))}
+{"; ".join(map(": ".join, compare(sides).items()))}.
 
 ### Classes
 F1 of the hardest classes, and the most frequent confusions, after the most epochs: of all seeds together.
@@ -649,27 +658,32 @@ F1 of the hardest classes, and the most frequent confusions, after the most epoc
 {classes_section(sides, models)}
 
 ### Learning rates
-Validation accuracy (%), means over the seeds. More: {RATES}.
+Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rates)} rows. More: {RATES}.
 
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
-{"All are in [mistakes.csv](mistakes.csv), with file names." if data else "The images are not there any more."}
+{"Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names." if data else ""}
+{"" if data else "The images are not there any more."}
 
 {" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
 ## 6 What was left out
 - Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
-{bullets(notes[:5])}"""
+{bullets(notes[:5])}
+{f"- and {len(notes) - 5} more, on stderr" if len(notes) > 5 else ""}"""
 
 
 def write_text(frame, sides, models, data, notes, out):
     """Return the report's sections but 7 and 8."""
     file = out / "profile.json"
     profile = common.read_json(file) if file.exists() else {"rows": []}
-    hint = command(frame, "profile_models.py", "--out", out.as_posix())
+    batch_size = models.batch_size.iloc[0]
+    batches = [] if batch_size == 64 else ["--batch-size", str(batch_size)]
+    hint = command(frame, "profile_models.py", *batches, "--out", out.as_posix())
     tried = frame[frame.title.isin(sides.title)]
-    rates = tried.pivot_table("val_accuracy", ["when", "schedule", "lr"], "model")
+    rates = tried.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
+    is_shared = sides.groupby("when").model.nunique() > 1
     sentences = bullets(summary_sentences(sides, rates, profile))
     train_cnn = command(frame, "train_cnn.py")
     train_probe = command(frame, "train_vit_probe.py")
@@ -680,16 +694,16 @@ def write_text(frame, sides, models, data, notes, out):
 {markdown_table(summary_table(sides, models, profile))}
 
 {sentences}
-{"" if "**Resources" in sentences else f"- **Resources**: not measured: {hint}"}
+{"" if "**Resources, a step" in sentences else f"- **Resources, a step**: not measured: {hint}"}
 {"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
-{"" if sides.when.nunique() > 1 else f"- **Convergence**: needs `--epochs 1` and 10 of {train_cnn}, {train_probe}"}
-{"" if len(rates) > sides.when.nunique() else f"- **Other rates and schedules**: need {RATES}"}
+{"" if is_shared.sum() > 1 else f"- **Convergence**: needs `--resume --epochs 1` and 10 of {train_cnn}, {train_probe}"}
+{"" if "**Other" in sentences else f"- **Other rates and schedules**: need {RATES}"}
 
 Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
-spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals. Seconds: wall time on \
-the machine of section 8; of features that one pass made for several probes each has the whole time. A step: of a \
-batch, as in section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached). Features \
-of 0.0 s were recorded and not timed. \
+spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals, over the seeds that \
+both models have; of one seed they speak of these two runs only. Seconds: wall time on the machine of section 8; of \
+features that one pass made for several probes each has the whole time. A step: of a batch, as in section 4 ({hint}); \
+of a probe with its backbone (vit), or with the features in memory (cached). \
 Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data
@@ -702,7 +716,7 @@ The network normalises images of 0 to 1 by mean and standard deviation of each c
 
 {model_section(models.query("features == 'pixels'"), train_cnn)}
 
-![Learning curves: means over the seeds; training: during the epoch, on augmented images](learning-curves.png)
+![Learning curves: means over the seeds; training: during the epoch](learning-curves.png)
 
 ## 3 The probe on ViT-Tiny
 {"".join(FROZEN.format(**dict.fromkeys(("mean", "std"), "not recorded") | of) for of in models.backbone.dropna()[:1])}
@@ -739,7 +753,7 @@ def main():
     text = re.sub(r"\n{3,}", "\n\n", write_text(frame, sides, models, data, notes + left_out, args.out))
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
-    answers = re.search(r"^## 7 .*?(?=^## [78] |\Z)", old + ANSWERS, re.M | re.S)[0]
+    answers = re.search(r"^## 6 .*?^(#.*?)(?=^## [68] |\Z)", f"{old}\n## 6 \n{ANSWERS}", re.M | re.S)[1]
     drawn = set()
     try:
         for name, figure in draw_pictures(best, sides, models, data):

@@ -18,7 +18,8 @@ In a folder or a zip, data may lie as they do on Kaggle. From the outer folder i
   class beside car and plane.
 - The folders in a class do not matter, but where all of them are splits these are kept (cat/train, cat/test).
 - What could be read in two ways is refused: classes with the same folders in them or copies of all classes in one,
-  masks beside images, train/ alone beside other classes. Then give the folder that is meant as --source.
+  masks beside images, train/ alone or images without folders (photos/) beside other classes. Then give the folder that
+  is meant as --source, or another name to a folder.
 
 Splits of the source are kept. Without test/, a share of each class is taken for it. Of the other images --per-class
 are used, and a share of these is for validation; where the source has val/, both are cut in proportion. Images are
@@ -58,7 +59,7 @@ KINDS = """masks annotation annotations labels unlabelled unlabeled pred predict
 masks segmentation segmentations segmentationclass segmentationobject
 test testing testset testdata testimages testa testb
 val valid validation valset validset validationset valdata validationdata valimages
-train training trainset trainingset traindata trainingdata trainimages traina trainb
+train training trainval trainset trainingset traindata trainingdata trainimages traina trainb
 images image img imgs jpegimages pictures photos part parts data dataset datasets set sets files samples zip"""
 WORDS = {word: line.split()[0] for line in KINDS.splitlines() for word in line.split()}
 
@@ -121,17 +122,21 @@ def find_classes(folder, folders, split="train"):
             is_doubtful |= kind == "masks"
         elif not kind or {*kinds.values()} == {"train", None}:  # a class may be called train, beside others
             classes.append(child)
+        else:
+            is_doubtful |= kind == "images" and None in kinds.values()  # photos/ beside drawings/
     splits = {name for name, _ in found.values()}
     if splits > {"train"}:  # then images beside train/ and test/ are in no split
         classes = [child for child in classes if inside(child, folders)]
     for child in classes:
         parts = find_kinds(folders[child])
-        if parts and {*parts.values()} <= {*SPLITS}:  # cat/train, cat/test
+        is_split = parts and {*parts.values()} <= {*SPLITS}  # cat/train, cat/test
+        if is_split:
             found |= {part: (kind, child.name) for part, kind in parts.items()}
         else:
-            is_doubtful |= "masks" in parts.values()
             found[child] = split, child.name
-            names += [child.name, *(part.name for part in inside(child, folders))]
+        is_doubtful |= "masks" in parts.values()
+        inner = {part.name for top in (parts if is_split else [child]) for part in inside(top, folders)}
+        names += [child.name, *inner]
     # Alone, each of a name's words tells: cats_train and cats_test beside dogs_train and dogs_test.
     told = {find_kinds([child])[child] for child in classes}.intersection(SPLITS)
     has_copies = len(names) > len({*names}) + 1  # one may be by chance: healthy, of two plants
@@ -256,7 +261,9 @@ def draw(items, labels, args, skipped):
             drawn["test"] = test
         rows.append({"class": label} | {split: len(group) for split, group in drawn.items()})
         if not all(drawn.values()):
-            raise UserError(f"{rows[-1]}: too few images for a split: change --per-class, a fraction or --classes")
+            raise UserError(
+                f"{rows[-1]}: too few images for a split: change --per-class, a fraction, --classes or --source"
+            )
         for split, group in drawn.items():
             for item in group:
                 name = item.path.name
@@ -315,7 +322,7 @@ def main():
             items = read_dataset(args.source)
         classes = {item.label for item in items}
         labels = sorted(set(args.classes or classes))
-        if len(classes) < 2 or not classes.issuperset(labels):
+        if len(labels) < 2 or not classes.issuperset(labels):
             has = f"{', '.join(sorted(classes)[:20]) or 'none'}, no {', '.join({*labels} - classes) or 'others'}"
             raise UserError(f"{source}: classes: {has} (skipped: {common.list_counts(skipped)}): {FORMS}")
         items = leave_out_bad([item for item in items if item.label in labels], args, skipped)

@@ -282,7 +282,7 @@ LAYOUTS += [
     ("Training Test test-multiple_fruits: papers:", TEST, "Pear Fig"),
     ("cat/images: dog/images:", NEW, "cat dog"),
 ]
-LAYOUTS += [("cat/train: cat/test: dog/train: dog/test:", TEST, "cat dog")]
+LAYOUTS += [("cat/train: cat/test: dog/train: dog/test:", TEST, "cat dog"), ("trainval test", TEST, "cat dog")]
 
 
 @pytest.mark.parametrize("folders, sizes, classes", LAYOUTS)
@@ -301,7 +301,8 @@ images annotations/trimaps, train/images valid/images, VOC/JPEGImages VOC/Segmen
 cats_train cats_test dogs_train dogs_test, cat dog all/cat all/dog, train/cat train/dog dev/cat dev/dog, dog/test cat
 top/color/cat top/color/dog top/grey/cat top/grey/dog, train/cat train/dog more, train/images test/cat test/dog
 cat/images cat/masks dog/images dog/masks, train/Coat train/Bag test/coat test/Bag, images/a images/b masks/c masks/d
-HAM_images_part_1 HAM_images_part_2, train_images/cat train_images/dog train_masks/cat train_masks/dog"""
+HAM_images_part_1 HAM_images_part_2, train_images/cat train_images/dog train_masks/cat train_masks/dog
+photos drawings paintings, real/train/cat real/train/dog toys/train/cat toys/train/dog"""
 
 
 @pytest.mark.parametrize("folders", UNCLEAR.replace("\n", ", ").split(", "))

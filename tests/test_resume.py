@@ -163,6 +163,8 @@ def test_a_finished_run_whose_checkpoint_was_removed_is_left_alone(whole, fresh)
     assert {path: path.read_bytes() for path in run.iterdir()} == files
     ended = forked.run(*whole.command, "--seed", "1", "--widths", "4", cwd=fresh)
     assert_user_error(ended, "runs/run", "network", "--name")
+    shutil.copytree(run, run.with_name(run.name.replace("s0", "s1")))  # of another run: not continued as this one
+    assert_user_error(resume(whole, fresh, "--seed", "1"), "-s1", "seed")
 
 
 # How a student's training stops early, its epochs, and where it is killed: a break before an epoch is exact.

@@ -293,6 +293,13 @@ def test_another_vit_is_one_changed_name(name, values, mean, std, fresh, data):
     assert_answers(classify(fresh / "data" / "val"), run, abs=2e-3)
 
 
+def test_a_run_that_diverges_ends_alone(fresh):
+    """At these rates weight decay makes the weights too large for TensorBoard, while the loss is still a number."""
+    done = forked.run(SCRIPT, *RANDOM, "--epochs", 8, "--schedule", "constant", "--lr", 1e7, 0.01, cwd=fresh)
+    assert_user_error(done, "lr10000000.0", "--lr")
+    assert len(list(fresh.glob("runs/*/*/predictions.safetensors"))) == 1
+
+
 def test_sanity_check_passes_and_is_stored(folder):
     forked.assert_ended_well(forked.run(SCRIPT, *RANDOM, "--sanity-check", cwd=folder))
     stored = common.read_json(folder / "runs" / MODEL.format("class-random") / "sanity-check.json")
