@@ -121,6 +121,7 @@ def measured(folder, monkeypatch):
         args = {"steps": 18, "epochs": [], "batch_size": 8, "data_dir": "data", "mixed_precision": "no"}
         return profile_models.measure("cnn", argparse.Namespace(**args))
 
+    GradientState._reset_state()  # other tests may have left a loader half read
     monkeypatch.chdir(folder)
     monkeypatch.setattr(profile_models, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(common.ImageDataset, "__getitems__", take)
