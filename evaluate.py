@@ -467,7 +467,9 @@ def summary_sentences(sides, rates, profile):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        fall = f", test {test:.2%}, {fall}" if run.split == "test" else ", there is no test/"
+        fall = f"test {test:.2%}, {fall}" if run.split == "test" else "there is no test/"
+        words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
+        rows.append({"Generalisation (interval: validation less test)": words})
         total = mean.seconds + mean.feature_seconds
         base = base or (mean.seconds, total)  # the first model's
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
@@ -482,8 +484,6 @@ def summary_sentences(sides, rates, profile):
             {
                 "Resources, parameters trained": f"{run.model} {run.trained:,} of {run.parameters:,}",
                 "Time of the training": time,
-                "Generalisation (interval: validation less test)": f"{run.model} training {mean.train_accuracy:.2%}, "
-                f"validation {val:.2%}{fall}",
                 "Best epoch by validation": f"{run.model} {mean.best_epoch:.1f}",
                 "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
                 f"{run.data['counts']['train']:,} images in batches of {run.batch_size}, {run.schedule} {run.lr:g}, "
