@@ -281,6 +281,7 @@ LAYOUTS += [("train/train test1/test1:", NEW, "c0 c1 c2"), ("Train Test: Meta:",
 LAYOUTS += [
     ("Training Test test-multiple_fruits: papers:", TEST, "Pear Fig"),
     ("cat/images: dog/images:", NEW, "cat dog"),
+    ("cat/healthy: cat/ill: dog/healthy: dog/old:", (6, 2, 2), "cat dog"),
 ]
 LAYOUTS += [("cat/train: cat/test: dog/train: dog/test:", TEST, "cat dog"), ("trainval test", TEST, "cat dog")]
 
@@ -313,7 +314,7 @@ def test_folders_that_may_be_no_classes_are_refused(prepare, tmp_path, folders):
 
 def test_links_are_followed_once_and_unreadable_folders_are_errors(prepare, tmp_path, monkeypatch):
     source = write(tmp_path / "s", CAT_DOG)
-    write(tmp_path / "elsewhere", images(10, "bird", start=50))
+    write(tmp_path / "elsewhere", images(10, "bird", "fish", start=50))
     (source / "bird").symlink_to(tmp_path / "elsewhere/bird")
     (source / "cat/parent").symlink_to(source)
     (source / "dog/above").symlink_to(tmp_path.parent)

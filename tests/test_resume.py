@@ -216,7 +216,7 @@ REFUSED = {"train_vit_probe.py": [([], ["--crop-scale", "0.5"], "crop_scale")]}
 REFUSED["train_cnn.py"] = [(DROPOUT, [], "network"), (SGD, [], "optimizer")]
 REFUSED["train_cnn.py"] += [(FROZEN, [], "parameter groups"), (REVERSED, [], "parameter groups")]
 REFUSED["train_cnn.py"] += [([], ["--label-smoothing", "0.2", "--no-flip"], "label_smoothing, no_flip")]
-REFUSED["train_cnn.py"] += [([], ["--data-dir", "other"], "train images")]
+REFUSED["train_cnn.py"] += [([], ["--data-dir", "other"], "train images, val images")]
 
 
 @pytest.mark.parametrize("whole", ["cnn", "probe"], indirect=True)

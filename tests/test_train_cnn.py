@@ -105,14 +105,14 @@ def test_test_images_change_nothing_and_a_run_of_a_sweep_is_the_run_alone(folder
 
 def test_the_best_epoch_is_that_of_the_best_validation_accuracy_then_loss(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    args = train_cnn.make_parser().parse_args(["--epochs", "4"])
+    args = train_cnn.make_parser().parse_args(["--epochs", "5"])
     (options,) = common.each_setting(args, "lr", "schedule", "seed")
     options.model = "best"
     data, accelerator = common.load_data("data"), common.make_accelerator("no")
     model, optimizer, _, _ = train_cnn.prepare(options, data, accelerator)
     config = common.make_config(accelerator, options, data, train_cnn.__file__, model, optimizer)
     run = common.Run(accelerator, config, model, optimizer)
-    values = [(0.6, 0.1), (0.8, 1.0), (0.8, 0.5), (0.7, 0.1)]
+    values = [(0.6, 0.1), (0.8, 1.0), (0.8, 0.5), (0.7, 0.1), (0.75, 0.1)]
     for epoch, (accuracy, loss) in zip(run.remaining_epochs(), values):
         nn.init.constant_(model[1].classifier[2].bias, epoch)
         step = 0.1, torch.tensor(1.0 - epoch / 10), torch.tensor(epoch / 10)
@@ -120,6 +120,16 @@ def test_the_best_epoch_is_that_of_the_best_validation_accuracy_then_loss(folder
     assert run.restore_best_weights() and (model[1].classifier[2].bias == 2).all()
     run.finish({"val": torch.zeros(15, 3)}, data.labels)
     assert (load_file(run.path / "model.safetensors")["1.classifier.2.bias"] == 2).all()
+
+
+def test_each_channel_is_normalised_by_its_own_mean_and_deviation(folder):
+    options = common.each_setting(train_cnn.make_parser().parse_args([]), "lr", "seed")[0]
+    data = common.load_data(str(folder / "data"))
+    colours = torch.cat([data.pixels["train"] // i for i in (1, 2, 5)], 1)
+    data = data._replace(pixels={"train": colours}, description={"channels": 3})
+    model, *_ = train_cnn.prepare(options, data, common.make_accelerator("no"))
+    std, mean = torch.std_mean(model[0](colours / 255), (0, 2, 3))
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-4
 
 
 def test_load_classifier_agrees_with_the_predictions_and_refuses_other_runs(run, tmp_path):
@@ -177,16 +187,19 @@ def test_another_network_is_one_changed_place(fresh, text, parameters, trained):
 
 
 def test_sanity_check_passes_on_real_images_and_fails_where_nothing_is_learned(workdir):
-    command = ["train_cnn.py", "--sanity-check", "--batch-size", 8, "--mixed-precision", "no"]
-    for more, code, said in ([], 0, "pass"), (["--lr", 1e-10], 1, "FAIL"):
+    command = ["train_cnn.py", "--sanity-check", "--batch-size", 8, "--mixed-precision", "no", "--name", "few"]
+    losses, plain = [], ["--crop-scale", 0.5, "--no-flip"]  # which change nothing
+    for more, code, said in ([], 0, "pass"), (plain, 0, "pass"), (["--lr", 1e-10], 1, "FAIL"):
         done = forked.run(*command, *more, cwd=workdir)
         assert done.returncode == code and said in done.stdout, done.stdout
         (file,) = (path for path in (workdir / "runs").rglob("*") if path.is_file())
-        assert file == workdir / "runs" / "CNN,batch-size=8" / "sanity-check.json"
+        assert file == workdir / "runs" / "few" / "sanity-check.json"
         result = common.read_json(file)
+        losses.append(result["loss"])
         assert result["passed"] == (code == 0) == (result["accuracy"] == 1 and result["loss"] < 0.05)
         assert result["images"] == 32 and "--sanity-check" in result["command"]
         assert "Conv2d" in result["identity"]["network"] and "train_cnn.py" in result["scripts"][0]
+    assert losses[0] == losses[1]
 
 
 def test_a_run_that_diverges_is_said_in_one_line_and_the_others_are_trained(folder):
