@@ -75,7 +75,7 @@ def generator(*key):
 #     val = test = Compose([Resize(side), CenterCrop(side), Resize(size), ToTensor(), Normalize(mean, std)])
 #
 # torchvision's classes are not used, because on a batch they draw one box and one flip for all its images (its issues
-# 2929 and 8484), and image by image they take 46 times as long (results/speed.md).
+# 2929 and 8484), and image by image they take 25 to 46 times as long (results/speed.md).
 
 # The largest aspect ratio of a crop; torchvision's 4/3 costs accuracy on upright, centred clothes.
 CROP_RATIO = 1.1
