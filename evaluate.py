@@ -569,8 +569,8 @@ def profile_section(models, profile, hint):
     is_same = profile["images"] == models.data.iloc[0]["sha256"]["train"]
     return f"""\
 On {profile["machine"]}, of the images in `{profile["data_dir"]}`:
-{"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.
-{"" if is_same else f"These are other images than those of this report: {hint}"}
+{"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.\
+{"" if is_same else f" These are other images than those of this report: {hint}"}
 Models that are not in it, by their network, image size or batch:
 {", ".join(run.model for run in models.itertuples() if not measured(run, profile)) or "none"}.
 
@@ -608,7 +608,7 @@ def classes_section(sides, models):
         top = pairs.query("labels != predicted").value_counts().head(5)
         confusions = (f"{names[a]} as {names[b]}: {n / images[a]:.1%}" for (a, b), n in top.items())
         lines.append(f"{title}: {', '.join(confusions) or 'none'}")
-    hardest = f1.loc[f1.mean(axis=1).nsmallest(8).index].map("{:.4f}".format)
+    hardest = f1.loc[f1.mean(axis=1).nsmallest(6).index].map("{:.4f}".format)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"
 
 
@@ -647,10 +647,8 @@ Validation chose the epoch, whose weights are reported, and the rate and schedul
 ![Confusion matrices of the lowest seed alone: a row is a class (the lists below are of all seeds)](confusion.png)
 
 ### Differences
-Of each model less the first, paired over the images, means over the seeds that both have. 95% intervals from images and
-seeds; where there is one seed, from the images alone: then it speaks of these two runs.
-
-{"; ".join(map(": ".join, compare(sides).items()))}.
+Those in the summary are of each model less the first, paired over the images, means over the seeds that both have; 95%
+intervals from images and seeds, where there is one seed from the images alone: then they speak of these two runs.
 
 ### Classes
 F1 of the hardest classes, and the most frequent confusions, after the most epochs: of all seeds together.
@@ -670,8 +668,8 @@ Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rat
 
 ## 6 What was left out
 - Only in runs.csv: {textwrap.shorten("; ".join(sorted(set(frame.title) - set(sides.title))), 1000) or "nothing"}
-{bullets(notes[:5])}
-{f"- and {len(notes) - 5} more, on stderr" if len(notes) > 5 else ""}"""
+{bullets(notes[:3])}
+{f"- and {len(notes) - 3} more, on stderr" if len(notes) > 3 else ""}"""
 
 
 def write_text(frame, sides, models, data, notes, out):
