@@ -741,6 +741,11 @@ def check_folders(accelerator, settings):
                 accelerator.print(f"{folder}: is another run than {other.name}, as its schedule differs: starts anew")
 
 
+def optimizer_text(optimizer):
+    """Return a prepared optimizer as text, without lr, initial_lr and the like, in which a model's runs may differ."""
+    return re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer))
+
+
 def make_config(accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0):
     """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
 
@@ -752,8 +757,7 @@ def make_config(accelerator, options, data, script, model, optimizer, features="
     identity = {key: value for key, value in options.items() if key not in ASIDE}
     identity |= {
         "network": repr(network),
-        # Without lr, initial_lr and the like, in which the runs of a model may differ.
-        "optimizer": re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer)),
+        "optimizer": optimizer_text(optimizer),
         "parameter groups": [
             [names.get(parameter) for parameter in group["params"] if parameter.requires_grad]
             for group in optimizer.param_groups

@@ -48,8 +48,7 @@ val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of 
 
 RATES = "`--lr 2e-3 5e-3 1e-2 2e-2 --schedule cosine constant --resume` of both scripts, with each `--epochs`"
 FROZEN = """\
-{name}; weights: {weights} (pretrained, random, or recorded: only the features of pretrained ones; SHA-256 \
-{sha256:.12}). Its {parameters:,} parameters are frozen, only a linear layer on \
+{name} with {weights} weights (SHA-256 {sha256:.12}). Its {parameters:,} parameters are frozen, only a linear layer on \
 its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
 {std}), the features by those of the training images. `class`: the class token after the last block; `last`: with the \
 mean of that block's patch tokens; `grid6`: the class token with the patch tokens after block 6, averaged over a 3x3 \
@@ -428,9 +427,9 @@ def command(frame, script, *options):
 
 
 def measured(run, profile):
-    """Return the rows that the profile has of a run's network, image size and batch."""
-    of_run = f"{run.network} {run.image_size} {run.batch_size}"
-    return [of for of in profile["rows"] if f"{of['network']} {of['image_size']} {of['batch_size']}" == of_run]
+    """Return the rows that the profile has of a run's network, optimiser, image size and batch."""
+    key = ["network", "optimizer", "image_size", "batch_size"]
+    return [row for row in profile["rows"] if all(row.get(name) == getattr(run, name) for name in key)]
 
 
 def summary_table(sides, models, profile):
@@ -467,7 +466,8 @@ def summary_sentences(sides, rates, profile):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        fall = f"test {test:.2%}, {fall}" if run.split == "test" else "there is no test/"
+        gap = f"{100 * (mean.train_accuracy - test):+.2f} points less than in training"
+        fall = f"test {test:.2%} ({gap}), {fall}" if run.split == "test" else "there is no test/"
         words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
         rows.append({"Generalisation (interval: validation less test)": words})
         total = mean.seconds + mean.feature_seconds
@@ -571,7 +571,7 @@ def profile_section(models, profile, hint):
 On {profile["machine"]}, of the images in `{profile["data_dir"]}`:
 {"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.\
 {"" if is_same else f" These are other images than those of this report: {hint}"}
-Models that are not in it, by their network, image size or batch:
+Models that are not in it, by their network, optimiser, image size or batch (a changed script needs another --out):
 {", ".join(run.model for run in models.itertuples() if not measured(run, profile)) or "none"}.
 
 {markdown_table([row["cells"] for row in rows])}
@@ -683,6 +683,7 @@ def write_text(frame, sides, models, data, notes, out):
     rates = tried.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
     is_shared = sides.groupby("when").model.nunique() > 1
     sentences = bullets(summary_sentences(sides, rates, profile))
+    has_pairs = sentences.count(" beats ") >= (len(models) - 1) * sides.when.nunique() > 0
     train_cnn = command(frame, "train_cnn.py")
     train_probe = command(frame, "train_vit_probe.py")
     return f"""\
@@ -695,13 +696,13 @@ def write_text(frame, sides, models, data, notes, out):
 {"" if "**Resources, a step" in sentences else f"- **Resources, a step**: not measured: {hint}"}
 {"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
 {"" if is_shared.sum() > 1 else f"- **Convergence**: needs `--resume --epochs 1` and 10 of {train_cnn}, {train_probe}"}
-{"" if "**Other" in sentences else f"- **Other rates and schedules**: need {RATES}"}
+{"" if has_pairs else f"- **Other rates and schedules**: for all models need {RATES}"}
 
 Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
 spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals, over the seeds that \
-both models have; of one seed they speak of these two runs only. Seconds: wall time on the machine of section 8; of \
-features that one pass made for several probes each has the whole time. A step: of a batch, as in section 4 ({hint}); \
-of a probe with its backbone (vit), or with the features in memory (cached). \
+both models have; of one seed they speak of these two runs only. Seconds: wall time on the machine of section 8; the \
+features are those of train and val, and where one pass made them for several probes each has the whole time. A step: \
+of a batch, as in section 4 ({hint}); of a probe with its backbone (vit), or with the features in memory (cached). \
 Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data

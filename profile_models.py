@@ -178,6 +178,7 @@ def measure(row, args):
     return {
         "row": row,
         "network": repr(accelerator.unwrap_model(network[-1], keep_torch_compile=False)),
+        "optimizer": common.optimizer_text(prepared[3]),
         "images": data.description["sha256"]["train"],
         "image_size": data.image_size,
         "batch_size": args.batch_size,

@@ -126,6 +126,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
         logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
+        # The optimiser's own rate, not `rate`: a scheduler of yours may have set another.
         steps.append((optimizer.param_groups[0]["lr"], plain_loss, accuracy))
     return steps
 
@@ -138,18 +139,20 @@ def prepare(options, data, accelerator):
     torch.manual_seed(common.key_seed(options.seed, "init"))
     model = make_model(options, data.description["channels"], len(data.classes))
     normalize = model[0]
-    for channel, pixels in enumerate(data.pixels["train"].unbind(1)):
+    for channel, pixels in enumerate(data.pixels["train"].unbind(1)):  # of uint8 [N, C, S, S] a channel, [N, S, S]
         std, mean = torch.std_mean(pixels / 255)
         normalize.mean[channel] = mean
         normalize.std[channel] = std.clamp(min=1e-3)  # if all pixels are equal
-    model.to(accelerator.device, memory_format=torch.channels_last)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # the layout of memory that CNN.forward names
     optimizer = make_optimizer(model, options)
-    # Accelerate runs forward passes in the chosen precision and averages the gradients of several processes.
+    # Accelerate runs forward passes in the chosen precision and averages the gradients of several processes. (It
+    # prepares the loaders too, in common.training_loader.)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     loaders = {}
     for split, pixels in data.pixels.items():
-        # All images and labels of the split lie on the device, and are transformed there a batch at a time.
+        # All images and labels of the split lie on the device, and are transformed there a batch at a time. `inputs`:
+        # the first three arguments of any ImageDataset, a tuple; *inputs passes them one by one.
         inputs = pixels.to(accelerator.device), data.labels[split].to(accelerator.device), data.image_size
         if split == "train":
             augmented = common.ImageDataset(*inputs, options.crop_scale, options.no_flip, options.seed)
@@ -162,8 +165,10 @@ def prepare(options, data, accelerator):
 def train(options, data, accelerator):
     """Train one run into its folder, or what is missing of it."""
     model, optimizer, train_loader, loaders = prepare(options, data, accelerator)
+    # What config.json says of the run; __file__: this script's hash is recorded.
     config = common.make_config(accelerator, options, data, __file__, model, optimizer)
     # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
+    # A Run loads what an earlier start has left in its folder; `with` closes TensorBoard's file and the folder's lock.
     with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
             # Order, crops and flips of an epoch depend on the seed and its number only: so a run that was stopped goes
@@ -172,7 +177,8 @@ def train(options, data, accelerator):
             rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
             val_logits = common.predict(accelerator, model, loaders["val"])
-            val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
+            # A dict of loss, accuracy and macro-F1; the loss is computed from logarithms of probabilities.
+            val = common.scores(val_logits.log_softmax(1), data.labels["val"])
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
 
             # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
@@ -180,7 +186,7 @@ def train(options, data, accelerator):
             # break` that depends on `run.history`, the lines of metrics.jsonl: a resumed run then stops there, too.
             run.end_epoch(steps, val)
         # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
-        # all. False: these predictions are there already.
+        # all. A run that had ended before, with predictions of these images, has nothing left to do (False).
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -229,21 +235,22 @@ def main():
     """Train a run for each combination of the values of --lr, --schedule and --seed."""
     parser = make_parser()
     args = parser.parse_args()
+    # A list of options, one for each run: in args these three are lists of values.
     settings = common.each_setting(args, "lr", "schedule", "seed")
     for options in settings:
         options.model = common.model_name(options, parser, "CNN")
     accelerator = common.make_accelerator(args.mixed_precision)
     if not args.sanity_check:
-        common.check_folders(accelerator, settings)
+        common.check_folders(accelerator, settings)  # refuses runs that exist, before the images are read
     data = common.open_data(accelerator, args)
-    if args.sanity_check:
+    if args.sanity_check:  # of the first of the settings
         return sanity_check(settings[0], data, accelerator)
     exit_code = 0
     for options in settings:
         try:
             train(options, data, accelerator)
         except UserError as error:  # of this run: the others are trained all the same
-            exit_code = common.complain(error)
+            exit_code = common.complain(error)  # prints it, and is 2
         # Accelerate keeps all that it prepared: without this line the memory of each run stays taken.
         accelerator.free_memory()
     # A process that left now would break off what the others still exchange with it.

@@ -140,6 +140,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
         logits = logits.detach()
         plain_loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
+        # The optimiser's own rate, not `rate`: a scheduler of yours may have set another.
         steps.append((optimizer.param_groups[0]["lr"], plain_loss, accuracy))
     return steps
 
@@ -155,7 +156,7 @@ def prepare(options, data, features, accelerator):
     model.std[:] = std.clamp(min=1e-6)  # where a value is the same for all images
     model.to(accelerator.device)
     optimizer = make_optimizer(model, options)
-    # Accelerate averages the gradients of several processes.
+    # Accelerate averages the gradients of several processes. (It prepares the loaders too, in common.training_loader.)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     loaders = {}
@@ -174,8 +175,10 @@ def train(options, data, features, about, accelerator):
 
     `features`: as `prepare` takes them; `about`: what config.json says of them, besides the options."""
     model, optimizer, train_loader, loaders = prepare(options, data, features, accelerator)
+    # What config.json says of the run; __file__: this script's hash is recorded.
     config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
     # A scheduler of torch's: make it here, and give it to Run(..., scheduler=scheduler), which saves its state.
+    # A Run loads what an earlier start has left in its folder; `with` closes TensorBoard's file and the folder's lock.
     with common.Run(accelerator, config, model, optimizer) as run:
         for epoch in run.remaining_epochs():
             # The order of an epoch and its view depend on the seed and its number only: so a run that was stopped goes
@@ -184,7 +187,8 @@ def train(options, data, features, about, accelerator):
             rates = common.learning_rates(options, len(train_loader), epoch)
             steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
             val_logits = common.predict(accelerator, model, loaders["val"])
-            val = common.scores(val_logits.log_softmax(1), data.labels["val"])  # loss, accuracy, macro-F1
+            # A dict of loss, accuracy and macro-F1; the loss is computed from logarithms of probabilities.
+            val = common.scores(val_logits.log_softmax(1), data.labels["val"])
             # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
 
             # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
@@ -192,7 +196,7 @@ def train(options, data, features, about, accelerator):
             # break` that depends on `run.history`, the lines of metrics.jsonl: a resumed run then stops there, too.
             run.end_epoch(steps, val)
         # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
-        # all. False: these predictions are there already.
+        # all. A run that had ended before, with predictions of these images, has nothing left to do (False).
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -492,6 +496,7 @@ def main():
     file, record = choose_backbone(accelerator, args)
     accelerator.print(f"backbone {BACKBONE}, {record['weights']} ({record['sha256'][:12]})")
     del args.weights  # models are told apart by the weights' hash, not by the path to them
+    # A list of options, one for each run: in args these four are lists of values.
     settings = common.each_setting(args, "features", "lr", "schedule", "seed")
     name_models(settings, parser, record["weights"])
     if not args.sanity_check:
@@ -514,12 +519,12 @@ def main():
         choice = options.features
         # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
         about = {"features": choice, "backbone": record, "seconds": round(seconds[choice], 3)}
-        if args.sanity_check:
+        if args.sanity_check:  # of the first of the settings
             return sanity_check(options, data, features[choice], about, accelerator)
         try:
             train(options, data, features[choice], about, accelerator)
         except UserError as error:  # of this run: the others are trained all the same
-            exit_code = common.complain(error)
+            exit_code = common.complain(error)  # prints it, and is 2
         # Accelerate keeps all that it prepared: without this line the memory of each run stays taken.
         accelerator.free_memory()
     # A process that left now would break off what the others still exchange with it.

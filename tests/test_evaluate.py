@@ -311,12 +311,12 @@ def test_what_a_model_is_and_which_scripts_changed(run_main):
 def test_the_profile_is_of_what_is_compared(run_main):
     for model in ("CNN", "ViT-Tiny-class"):
         write_run(model, data={"path": "my data"})
-    row = {"row": "cnn", "network": CNN, "image_size": 8, "batch_size": 64, "precision": "fp32"}
+    row = {"row": "cnn", "network": CNN, "optimizer": ADAMW, "image_size": 8, "batch_size": 64, "precision": "fp32"}
     row |= {"step_ms": 1.5, "peak_mb": 20.0, "cells": {"Model": "CNN", "Step": "1.5"}}
     cached = {"row": "cached", "network": PROBE, "step_ms": 0.6, "peak_mb": 30.0, "cells": {"Model": "probe"}}
     profile = {"machine": "one", "data_dir": "data", "images": "train", "notes": ["a note"]}
     Path("report").mkdir()
-    for part in ({}, {"network": "x"}, {"image_size": 9}, {"batch_size": 32}, {"images": "others"}):
+    for part in ({}, {"network": "x"}, {"optimizer": SGD}, {"image_size": 9}, {"batch_size": 32}, {"images": "others"}):
         Path("report/profile.json").write_text(json.dumps(profile | part | {"rows": [row | part, row | cached]}))
         run_main()
         is_measured = not part or "images" in part
