@@ -466,7 +466,7 @@ def summary_sentences(sides, rates, profile):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        gap = f"{100 * (mean.train_accuracy - test):+.2f} points less than in training"
+        gap = f"{100 * (mean.train_accuracy - test):.2f} points less than in training"
         fall = f"test {test:.2%} ({gap}), {fall}" if run.split == "test" else "there is no test/"
         words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
         rows.append({"Generalisation (interval: validation less test)": words})
