@@ -445,7 +445,7 @@ def summary_table(sides, models, profile):
         # `runs` are the last: those of the most epochs.
         row["Training (s)"] = f"{runs.seconds.mean():,.1f}"
         row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}" * (run.features != "pixels")
-        steps = [f"{of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB ({of['row']})" for of in measured(run, profile)]
+        steps = [f"{of['row']}: {of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB" for of in measured(run, profile)]
         row["A step"] = "; ".join(steps)
         rows.append(row)
     return rows
