@@ -417,8 +417,8 @@ def training_loader(accelerator, dataset, batch_size):
     `batch_size` is that of all processes together: Accelerate gives each its share of every batch. All batches are of
     one size: the last images of an epoch, others each time, are left out where they fill none."""
     # A data set of ours gives a whole batch, a tuple: there are no single images to join, and tuple() changes nothing.
-    options = {"shuffle": True, "generator": dataset.order, "drop_last": True, "collate_fn": tuple}
-    return accelerator.prepare(DataLoader(dataset, batch_size, **options))
+    loader = DataLoader(dataset, batch_size, shuffle=True, generator=dataset.order, drop_last=True, collate_fn=tuple)
+    return accelerator.prepare(loader)
 
 
 def evaluation_loader(accelerator, dataset, batch_size=256):
@@ -852,6 +852,14 @@ def lock_folder(path):
     return file
 
 
+def load_checkpoint(file):
+    """Return what a checkpoint holds, a dict; UserError where it cannot be read. No code in it is run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip files, of pickles, of tensors: many kinds
+        raise damaged(file, error) from None
+
+
 def print_epoch(line, epochs, which=""):
     """Print a line of metrics.jsonl, of so many `epochs`, for people."""
     print(
@@ -907,10 +915,7 @@ class Run:
         if self.ended and not file.exists() and not self.is_complete():
             raise UserError(f"{self.path}: has predictions of other images, and no checkpoint: give --name")
         if file.exists():
-            try:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code in it
-            except Exception as error:  # of zip files, of pickles, of tensors: many kinds
-                raise damaged(file, error) from None
+            checkpoint = load_checkpoint(file)
             try:
                 for name, value in self.objects.items():
                     value.load_state_dict(checkpoint["states"][name])

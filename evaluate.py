@@ -47,6 +47,7 @@ run model epochs lr schedule seed features parameters trained feature_seconds se
 val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
 RATES = "`--lr 2e-3 5e-3 1e-2 2e-2 --schedule cosine constant --resume` of both scripts, with each `--epochs`"
+MISTAKES = "Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names."
 FROZEN = """\
 {name} with {weights} weights (SHA-256 {sha256:.12}). Its {parameters:,} parameters are frozen, only a linear layer on \
 its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
@@ -363,7 +364,7 @@ def draw_augmentation(run, data):
     return draw_grid(f"{run.model}, seed {run.seed}: training images", cells, len(index))
 
 
-def draw_pictures(best, sides, models, data):
+def draw_pictures(best, sides, models, data, mistakes):
     """Yield file names and figures of what there is to see; without `data` none that show images."""
     if len(sides.data.iloc[0]["classes"]) <= MAX_CLASSES:
         yield "confusion.png", draw_confusions(sides)
@@ -384,12 +385,11 @@ def draw_pictures(best, sides, models, data):
         probes = probes.assign(value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel)
         yield "which-layer.png", draw_lines(probes, "block")
     if data:
-        yield from draw_images(models, data)
+        yield from draw_images(models, data, mistakes)
 
 
-def draw_images(models, data):
-    """Yield file names and figures that show images."""
-    mistakes = find_mistakes(models, data)
+def draw_images(models, data, mistakes):
+    """Yield file names and figures that show images; `mistakes`: what `find_mistakes` returns."""
     for run in models[models.augmentation > ""].head(1).itertuples():
         yield "augmentation.png", draw_augmentation(run, data)
     for run in models[models.accuracy < 1].itertuples():
@@ -500,17 +500,33 @@ def summary_sentences(sides, rates, profile):
     return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
 
 
+def missing_sentences(sides, models, sentences, hint, train_cnn, train_probe):
+    """Return a line for each question that `sentences` do not answer, with the command that makes its figures."""
+    text = " ".join(sentences)
+    lines = []
+    if "**Resources, a step" not in text:
+        lines.append(f"**Resources, a step**: not measured: {hint}")
+    if models.features.eq("pixels").nunique() == 1:
+        lines.append(f"**Missing**: a CNN or a probe: {train_cnn} {train_probe}")
+    if sum(sides.groupby("when").model.nunique() > 1) < 2:
+        lines.append(f"**Convergence**: needs `--resume --epochs 1` and 10 of {train_cnn}, {train_probe}")
+    pairs = (len(models) - 1) * sides.when.nunique()  # of models and numbers of epochs, with a clause each
+    if pairs == 0 or text.count(" beats ") < pairs:
+        lines.append(f"**Other rates and schedules**: for all models need {RATES}")
+    return lines
+
+
 # ------------------------------------------------------------------------------------------------ sections
 def data_section(models, data):
     """Return the numbers of images, and what a reader must know of them; `data` None where they are gone."""
     recorded = models.data.iloc[0]
-    lines = ["| Split | Images | In a class | Also in an earlier split |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for split, n in recorded["counts"].items():
         counts = data.labels[split].bincount(minlength=len(data.classes)).tolist() if data else ["?"]
-        lines.append(f"| {split} | {n:,} | {min(counts)} to {max(counts)} | {recorded['repeated'].get(split, 0):,} |")
-    table = "\n".join(lines)
+        row = {"Split": split, "Images": f"{n:,}", "In a class": f"{min(counts)} to {max(counts)}"}
+        rows.append(row | {"Also in an earlier split": f"{recorded['repeated'].get(split, 0):,}"})
     return f"""\
-{table}
+{markdown_table(rows)}
 
 An ImageFolder, `{recorded["path"]}`, with the classes \
 {textwrap.shorten(", ".join(recorded["classes"]), 500)}. The images have \
@@ -547,8 +563,16 @@ def model_section(models, hint):
     rows, lines = [], []
     for run in models.itertuples():
         different = common.differences(first.identity, run.identity)
-        row = f"| {run.model} | {run.image_size} | {run.parameters:,} | {run.trained:,} |"
-        rows.append(f"{row} {', '.join(f'{key} {run.options.get(key, str())}'.strip() for key in different) or '-'} |")
+        changes = ", ".join(f"{key} {run.options.get(key, '')}".strip() for key in different)
+        rows.append(
+            {
+                "Model": run.model,
+                "Input (px)": run.image_size,
+                "Parameters": f"{run.parameters:,}",
+                "Trained": f"{run.trained:,}",
+                f"Differs from {first.model} in": changes or "-",
+            }
+        )
         # Without what is off, and what only makes it faster.
         options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
         lines.append(
@@ -557,8 +581,7 @@ def model_section(models, hint):
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
     network = "\n".join(first.network.splitlines()[:24])
-    head = f"| Model | Input (px) | Parameters | Trained | Differs from {first.model} in |"
-    return "\n".join(["```", network, "```\n", head, "| --- | ---: | ---: | ---: | --- |", *rows, "", *lines])
+    return "\n".join(["```", network, "```\n", markdown_table(rows), "", *lines])
 
 
 def profile_section(models, profile, hint):
@@ -580,19 +603,25 @@ Models that are not in it, by their network, optimiser, image size or batch (a c
 
 
 def results_table(sides):
-    """Return a row for each model and number of epochs."""
-    lines = [
-        "| Model | Rate | Tried | Seeds | Best epoch | Steps | Train (%) | Validation (%) | Accuracy (%) | Macro-F1 |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """Return a row for each model and number of epochs, a dict."""
+    rows = []
     for title, runs in sides.groupby("title", sort=False):
         run = runs.iloc[0]
-        lines.append(
-            f"| {title} | {run.schedule} {run.lr:g} | {run.tried} | {run.seeds} | {runs.best_epoch.mean():.1f} of "
-            f"{runs.curve.map(len).mean():g} | {runs.steps.mean():,.0f} | {mean_sd(100 * runs.train_accuracy, 2)} | "
-            f"{mean_sd(100 * runs.val_accuracy, 2)} | {mean_sd(100 * runs.accuracy, 2)} | {mean_sd(runs.macro_f1)} |"
+        rows.append(
+            {
+                "Model": title,
+                "Rate": f"{run.schedule} {run.lr:g}",
+                "Tried": run.tried,
+                "Seeds": run.seeds,
+                "Best epoch": f"{runs.best_epoch.mean():.1f} of {runs.curve.map(len).mean():g}",
+                "Steps": f"{runs.steps.mean():,.0f}",
+                "Train (%)": mean_sd(100 * runs.train_accuracy, 2),
+                "Validation (%)": mean_sd(100 * runs.val_accuracy, 2),
+                "Accuracy (%)": mean_sd(100 * runs.accuracy, 2),
+                "Macro-F1": mean_sd(runs.macro_f1),
+            }
         )
-    return "\n".join(lines)
+    return rows
 
 
 def classes_section(sides, models):
@@ -640,7 +669,7 @@ def comparison_section(frame, sides, models, data, rates, notes):
     """Return sections 5 and 6; `rates`: validation accuracies by number of epochs, schedule and rate."""
     return f"""\
 ## 5 Comparison
-{results_table(sides)}
+{markdown_table(results_table(sides))}
 
 Validation chose the epoch, whose weights are reported, and the rate and schedule among those tried.
 
@@ -661,8 +690,7 @@ Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rat
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
-{"Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names." if data else ""}
-{"" if data else "The images are not there any more."}
+{MISTAKES if data else "The images are not there any more."}
 
 {" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
@@ -681,22 +709,16 @@ def write_text(frame, sides, models, data, notes, out):
     hint = command(frame, "profile_models.py", *batches, "--out", out.as_posix())
     tried = frame[frame.title.isin(sides.title)]
     rates = tried.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
-    is_shared = sides.groupby("when").model.nunique() > 1
-    sentences = bullets(summary_sentences(sides, rates, profile))
-    has_pairs = sentences.count(" beats ") >= (len(models) - 1) * sides.when.nunique() > 0
     train_cnn = command(frame, "train_cnn.py")
     train_probe = command(frame, "train_vit_probe.py")
+    sentences = summary_sentences(sides, rates, profile)
     return f"""\
 # CNN against a linear probe on ViT-Tiny
 
 ## Summary
 {markdown_table(summary_table(sides, models, profile))}
 
-{sentences}
-{"" if "**Resources, a step" in sentences else f"- **Resources, a step**: not measured: {hint}"}
-{"" if models.features.eq("pixels").nunique() > 1 else f"- **Missing**: a CNN or a probe: {train_cnn} {train_probe}"}
-{"" if is_shared.sum() > 1 else f"- **Convergence**: needs `--resume --epochs 1` and 10 of {train_cnn}, {train_probe}"}
-{"" if has_pairs else f"- **Other rates and schedules**: for all models need {RATES}"}
+{bullets(sentences + missing_sentences(sides, models, sentences, hint, train_cnn, train_probe))}
 
 Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
 spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals, over the seeds that \
@@ -747,15 +769,16 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     frame[COLUMNS.split()].to_csv(args.out / "runs.csv", index=False)
     data = open_images(models.iloc[0])
+    mistakes = find_mistakes(models, data) if data else None
     if data:
-        find_mistakes(models, data).to_csv(args.out / "mistakes.csv", index=False)
-    text = re.sub(r"\n{3,}", "\n\n", write_text(frame, sides, models, data, notes + left_out, args.out))
+        mistakes.to_csv(args.out / "mistakes.csv", index=False)
+    text = write_text(frame, sides, models, data, notes + left_out, args.out)
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 6 .*?^(#.*?)(?=^## [68] |\Z)", f"{old}\n## 6 \n{ANSWERS}", re.M | re.S)[1]
     drawn = set()
     try:
-        for name, figure in draw_pictures(best, sides, models, data):
+        for name, figure in draw_pictures(best, sides, models, data, mistakes):
             figure.savefig(args.out / name, dpi=100)
             drawn.add(name)
     finally:  # the text is written whatever goes wrong in a picture

@@ -146,7 +146,7 @@ def measure(row, args):
     accelerator = common.make_accelerator(args.mixed_precision)
     device = accelerator.device
     prepared, network, data = prepare(row, args, accelerator)
-    loader = prepared[-1]
+    *_, optimizer, loader = prepared
     count = args.steps or (10 if row == "vit" and device.type == "cpu" else 150)
     steps = min(count, len(loader))
     peak_note, before = reset_peak(device), peak_memory(device)
@@ -178,7 +178,7 @@ def measure(row, args):
     return {
         "row": row,
         "network": repr(accelerator.unwrap_model(network[-1], keep_torch_compile=False)),
-        "optimizer": common.optimizer_text(prepared[3]),
+        "optimizer": common.optimizer_text(optimizer),
         "images": data.description["sha256"]["train"],
         "image_size": data.image_size,
         "batch_size": args.batch_size,
