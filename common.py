@@ -43,6 +43,8 @@ RUNS_DIR = Path("runs")
 REPORT_DIR = Path("report")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 LARGEST_DEFAULT_SIZE = 64  # px, for larger images where --image-size is not given
+# The training aims at 0.9 for the right class, and shares the other 0.1 among all: so a network is less sure of itself.
+LABEL_SMOOTHING = 0.1
 
 
 class UserError(Exception):
@@ -55,11 +57,6 @@ def key_seed(*key):
     # Hashed, because a sum such as seed + epoch would give seed 1 what seed 0 has an epoch later. Python's generator
     # hashes a text with SHA-512; hash() would give other numbers in each process.
     return random.Random(repr(key)).getrandbits(63)
-
-
-def generator(*key):
-    """Return a torch.Generator (CPU) that is a pure function of `key`."""
-    return torch.Generator().manual_seed(key_seed(*key))
 
 
 # ---------------------------------------------------------------------------------------------- transforms
@@ -112,13 +109,11 @@ def crop_matrices(boxes, flips, side):
     (left, top) to 1. So [[1, 0, 0], [0, 1, 0]] is the identity, [[-1, 0, 0], [0, 1, 0]] a horizontal flip, and
     [[0.5, 0, -0.5], [0, 1, 0]] the image's left half, stretched to its whole width."""
     top, left, height, width = boxes.float().unbind(1)
+    zero = torch.zeros_like(top)
     # Scale: the box's share of the image's side. Shift: the middle of the box, in places from -1 to 1.
-    matrices = torch.zeros(len(boxes), 2, 3)
-    matrices[:, 0, 0] = torch.where(flips, -width, width) / side
-    matrices[:, 0, 2] = (2 * left + width) / side - 1
-    matrices[:, 1, 1] = height / side
-    matrices[:, 1, 2] = (2 * top + height) / side - 1
-    return matrices
+    row_x = [torch.where(flips, -width, width) / side, zero, (2 * left + width) / side - 1]
+    row_y = [zero, height / side, (2 * top + height) / side - 1]
+    return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
 
 
 def crop_and_flip(images, matrices):
@@ -160,18 +155,18 @@ def walk(root):
                 folders.clear()
                 continue
             seen.add(real)
-            roots += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
+            roots += filter(Path.is_symlink, (Path(here, name) for name in folders))
             yield Path(here), sorted(filter(is_visible, names))
 
 
 def image_files(folder):
     """Return the files below a folder as two lists: images, and files whose suffix Pillow does not read."""
-    formats = Image.registered_extensions()
-    readable = {suffix for suffix in formats if formats[suffix] in Image.OPEN}
+    formats = Image.registered_extensions()  # {".jpg": "JPEG"}; some can only be written
     images, others = [], []
     for here, names in walk(folder):
         for path in (here / name for name in names):
-            (images if path.suffix.lower() in readable else others).append(path)
+            is_readable = formats.get(path.suffix.lower()) in Image.OPEN
+            (images if is_readable else others).append(path)
     # As text, because Path itself sorts otherwise on Windows than elsewhere.
     return sorted(images, key=Path.as_posix), others
 
@@ -190,12 +185,12 @@ def decode(file):
     """Read an image upright, as a PIL image of mode "L" or "RGB"; transparent pixels are laid on white.
 
     It is "L" where all its pixels are grey, however they are stored, so that equal pictures are equal. `file`: a path,
-    a file object, a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged files, and for 16-bit
+    a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged files, and for 16-bit
     and float images, whose values Pillow would cut off silently."""
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else file
         if not isinstance(image, Image.Image):
-            if not (isinstance(file, str | Path) or hasattr(file, "read")):
+            if not isinstance(file, str | Path):
                 raise ValueError("is no image")
             image = Image.open(file)
         if is_deep(image):
@@ -203,7 +198,7 @@ def decode(file):
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF, of a dozen kinds: the pixels are fine
             image = ImageOps.exif_transpose(image)
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode in ("1", "L"):
@@ -246,8 +241,7 @@ def read_images(files, limit):
         results = list(tqdm(results, "reading", len(files), leave=False, delay=1, disable=None))
     errors = [result for result in results if isinstance(result, str)]
     if errors:
-        remedy = "replace them, or leave them out by prepare_data.py --source ... --skip-bad"
-        raise UserError(f"{len(errors)} unusable image(s): {'; '.join(errors[:5])}: {remedy}")
+        raise UserError(f"{len(errors)} unusable image(s): {'; '.join(errors[:5])}: see prepare_data.py --skip-bad")
     return map(list, zip(*results))
 
 
@@ -259,10 +253,10 @@ def stack_images(images, side, channels):
     return pixels.view(-1, side, side, channels).permute(0, 3, 1, 2).contiguous()
 
 
-# An ImageFolder in memory: `pixels` and `labels` are dicts from "train", "val" and, if there are test images, "test" to
-# uint8 [N, C, S, S] and int64 [N]; `classes` are their names, `image_size` is the side of the model's input,
-# `description` is what config.json records.
-Data = namedtuple("Data", "pixels labels classes image_size description")
+# An ImageFolder in memory: `pixels`, `labels` and `paths` are dicts from "train", "val" and, if there are test images,
+# "test" to uint8 [N, C, S, S], int64 [N] and the N files; `classes` are their names, `image_size` is the side of the
+# model's input, `description` is what config.json records.
+Data = namedtuple("Data", "pixels labels paths classes image_size description")
 
 
 def find_images(folder, classes):
@@ -271,14 +265,13 @@ def find_images(folder, classes):
     There are none in a test/ that is missing or has no class folders (Kaggle's has no labels), and it may lack
     classes. Raises UserError for another split without any, and for other classes than `classes`, those of train/."""
     images, others = image_files(folder) if folder.is_dir() else ([], [])
-    files = [path for path in images if path.parent != folder]
-    others += [path for path in images if path.parent == folder]
+    files = []
+    for path in images:
+        (others if path.parent == folder else files).append(path)
     names = [path.relative_to(folder).parts[0] for path in files]
     if not files and folder.name != "test":
-        raise UserError(
-            f"{folder}: no class folders with images ({list_counts(count_suffixes(others))}): train/ "
-            "and val/ need a folder of images for each class; prepare_data.py --source makes them"
-        )
+        found = list_counts(count_suffixes(others))
+        raise UserError(f"{folder}: no class folders with images ({found}): prepare_data.py --source makes them")
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
     if different:
         names = ", ".join(sorted(different)[:5])
@@ -293,7 +286,7 @@ def count_suffixes(files):
 
 def list_counts(counts):
     """Return the five most frequent of what a Counter has, in words: "12 .heic, 3 without a suffix"."""
-    return ", ".join(f"{n:,} {name}" for name, n in Counter(counts).most_common(5) if n) or "nothing"
+    return ", ".join(f"{n:,} {name}" for name, n in counts.most_common(5) if n) or "nothing"
 
 
 def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
@@ -302,13 +295,13 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     All splits are stored at one size: the training images' own if they are equal squares of at most `image_size` (64
     where that is None), else that size. They are grey if all training images are."""
     if not Path(data_dir).is_dir():
-        raise UserError(f"{data_dir}: no such folder: give --data-dir a folder with train/ and val/")
+        raise UserError(f"{data_dir}/: no such folder: give --data-dir a folder with train/ and val/")
     side, classes = image_size or LARGEST_DEFAULT_SIZE, []
-    pixels, labels, seen, skipped = {}, {}, set(), Counter()
-    description = {"path": data_dir, "counts": {}, "sha256": {}, "repeated": {}, "skipped": skipped}
+    pixels, labels, paths, seen, skipped, notes = {}, {}, {}, set(), [], []
+    description = {"path": data_dir, "counts": {}, "sha256": {}}
     for name in splits:
         files, names, others = find_images(Path(data_dir, name), classes)
-        skipped.update(count_suffixes(others))
+        skipped += others
         if not files:
             continue
         images, sizes, hashes = read_images(files, side)
@@ -319,52 +312,47 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
             if width == height <= side and len(set(sizes)) == 1:
                 side = width
             channels = 3 if any(image.mode == "RGB" for image in images) else 1
-            description["mean_size"] = np.mean(sizes, 0).round(1).tolist()
+            width, height = np.mean(sizes, 0)
+        paths[name] = files
         pixels[name] = stack_images(images, side, channels)
         labels[name] = torch.tensor([classes.index(label) for label in names])
         content = b"".join(hashes) + labels[name].numpy().tobytes()
-        description["counts"][name] = len(files)
+        description["counts"][name] = labels[name].bincount(minlength=len(classes)).tolist()
         description["sha256"][name] = sha256(content)
-        description["repeated"][name] = sum(pixel_hash in seen for pixel_hash in hashes)
+        repeated = sum(pixel_hash in seen for pixel_hash in hashes)
+        if repeated:
+            notes.append(f"{repeated:,} of {len(files):,} {name} images are in an earlier split, too")
         seen.update(hashes)
     if len(classes) < 2:
         raise UserError(f"{data_dir}/train: one class ({classes[0]}): at least two are needed")
     least, most = pixels["train"].flatten(2).aminmax(dim=2)
-    description["single_colour"] = (least == most).all(1).sum().item()
+    single = (least == most).all(1).sum()
+    if single:
+        notes.append(f"{single:,} train images have a single colour: look at them")
+    if skipped:
+        notes.append(f"skipped, as no images of a class: {list_counts(count_suffixes(skipped))}")
     image_size = image_size or side
-    description |= {"classes": classes, "channels": channels, "side": side, "image_size": image_size}
-    return Data(pixels, labels, classes, image_size, description)
+    sizes = f"images of {width:.0f}x{height:.0f} px on average, trained at {image_size} px"
+    description |= {"classes": classes, "channels": channels, "side": side, "notes": [sizes, *notes]}
+    return Data(pixels, labels, paths, classes, image_size, description)
 
 
 def open_data(accelerator, args):
     """Load --data-dir (the default data are made if missing), check --batch-size, and print a summary."""
+    script = HERE / "prepare_data.py"
     with accelerator.local_main_process_first():
-        if args.data_dir == DATA_DIR and not Path(DATA_DIR).exists():
-            script = HERE / "prepare_data.py"
-            if not script.exists():
-                raise UserError(f"{DATA_DIR}/: no such folder, and no prepare_data.py to make it: give --data-dir")
+        if args.data_dir == DATA_DIR and not Path(DATA_DIR).exists() and script.exists():
             print(f"{DATA_DIR}/ is missing: making it from archive.zip", flush=True)
-            if subprocess.run([sys.executable, script]).returncode:
-                raise UserError(f"{DATA_DIR}/: could not be made: give --data-dir")
+            subprocess.run([sys.executable, script])
     data = load_data(args.data_dir, args.image_size)
-    about = data.description
-    counts = about["counts"]
-    n, batch_size, processes = counts["train"], args.batch_size, accelerator.num_processes
+    counts = data.description["counts"]
+    n, batch_size, processes = sum(counts["train"]), args.batch_size, accelerator.num_processes
     # Batch normalisation needs two images in each process.
     if batch_size > n or batch_size % processes or batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: give {2 * processes} to {n}, a multiple of {processes}")
-    say = accelerator.print
-    say(f"{len(data.classes)} classes; images: {', '.join(f'{n:,} {split}' for split, n in counts.items())}")
-    say("images of {:g}x{:g} px on average,".format(*about["mean_size"]), f"trained at {data.image_size} px")
-    if about["skipped"]:
-        say(f"skipped, outside class folders or not read by Pillow: {list_counts(about['skipped'])}")
-    for split, repeated in about["repeated"].items():
-        if repeated:
-            say(f"{repeated} of {counts[split]:,} {split} images are in another split, too")
-    if about["single_colour"]:
-        say(f"{about['single_colour']:,} of {n:,} train images have a single colour: look at them")
-    if n % batch_size:
-        say(f"batches of {batch_size}: {n % batch_size} of {n:,} are left out of each epoch")
+    images = ", ".join(f"{sum(of_classes):,} {split}" for split, of_classes in counts.items())
+    accelerator.print(f"{len(data.classes)} classes; images: {images}")
+    accelerator.print(*data.description["notes"], sep="\n")
     return data
 
 
@@ -388,7 +376,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.order.manual_seed(key_seed(self.seed, "order", epoch))
         if self.crop_scale is not None:
             # All draws of an epoch at once, so that they depend on neither batches nor processes.
-            gen = generator(self.seed, "augment", epoch)
+            gen = torch.Generator().manual_seed(key_seed(self.seed, "augment", epoch))
             n, _, _, side = self.pixels.shape
             boxes = random_resized_crop(n, side, self.crop_scale, gen)
             flips = random_horizontal_flip(n, 0.0 if self.no_flip else 0.5, gen)
@@ -447,12 +435,11 @@ def predict(accelerator, model, loader):
 # ------------------------------------------------------------------------------------------------- metrics
 def macro_f1(labels, predictions):
     """Return the mean of F1 = 2 TP / (2 TP + FP + FN), 0 to 1, over the classes that occur, of int64 [N] each."""
-    # scikit-learn's f1_score(average="macro"), by hand as its import takes as long as an epoch.
-    n = int(max(labels.max(), predictions.max())) + 1
-    confusion = (n * labels + predictions).bincount(minlength=n * n).view(n, n).double()
-    # TP + FP are all that were predicted as a class, TP + FN all that are of it.
-    f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1))
-    return f1.nanmean().item()  # 0 / 0, not a number: a class that does not occur
+    # scikit-learn's f1_score(average="macro"), by hand as its import takes as long as an epoch. TP + FN are all images
+    # of a class, TP + FP all that were predicted as it: together, how often the class stands in both lists.
+    both = torch.cat([labels, predictions]).bincount().double()
+    hits = labels[labels == predictions].bincount(minlength=len(both))
+    return (2 * hits / both).nanmean().item()  # 0 / 0, not a number: a class that does not occur
 
 
 def scores(log_probs, labels):
@@ -512,8 +499,7 @@ def cli(main):
     except BrokenPipeError:  # `| head`
         os._exit(1)  # at once: at its usual end Python would flush, and complain
     except OSError as error:
-        where = error.filename or "writing"
-        code = complain(f"{where}: {error.strerror or error}: check the path and the disk")
+        code = complain(f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk")
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
@@ -565,14 +551,11 @@ def training_parser(description, lr, image_size):
     add("--lr", type=number(float, 1e-10), nargs="+", default=[lr], help=f"peak rates, a run each ({lr})")
     add("--schedule", choices=SCHEDULES, nargs="+", default=["cosine"], help="a run each (cosine)")
     add("--seed", type=number(int, 0), nargs="+", default=[0], help="a run each (0)")
-    add("--weight-decay", type=number(float, 0), default=0.05, help="the optimiser's (0.05)")
-    add("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="of the training targets (0.1)")
     add("--data-dir", default=DATA_DIR, help="folder with train/, val/ and, to report on, test/ (data)")
-    size = image_size or f"the images' own up to {LARGEST_DEFAULT_SIZE}, else {LARGEST_DEFAULT_SIZE}"
-    add("--image-size", type=number(int, 8, 1024), default=image_size, help=f"pixels ({size})")
+    add("--image-size", type=number(int, 8, 1024), default=image_size, help=f"px ({image_size or 'own, at most 64'})")
     add("--crop-scale", type=number(float, 0.01, 1), default=0.9, help="least area of a crop (0.9)")
     add("--no-flip", action="store_true", help="never flip images: for digits, letters, road signs")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="(the launcher's, else bf16 where native)")
+    add("--mixed-precision", choices=["no", "bf16"], help="(the launcher's, else bf16 where native)")
     add("--name", help="the model's name, in tables and as its folder in runs/")
     add("--resume", action="store_true", help="go on with stopped runs, and start those that are missing")
     add("--sanity-check", action="store_true", help="only overfit four batches: pass or FAIL")
@@ -606,28 +589,22 @@ def make_accelerator(mixed_precision=None):
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"Accelerate: {brief(error)}: change it, or run `accelerate config` again") from None
-    kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    device, precision = accelerator.device.type, accelerator.mixed_precision
-    is_odd = kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.num_processes != world
-    if is_odd or steps > 1 or cpu and precision == "fp16":
-        raise UserError(
-            f"Accelerate: {kind.value}, {accelerator.num_processes} of {world} process(es), {steps} accumulation "
-            f"step(s), {precision} on {device}: not supported: use torchrun, run `accelerate config` again, or give "
-            "another --mixed-precision"
-        )
+    kind, steps = accelerator.distributed_type.value, accelerator.gradient_accumulation_steps
+    n, precision = accelerator.num_processes, accelerator.mixed_precision
+    is_known = kind in ("NO", "MULTI_CPU", "MULTI_GPU") and precision in ("no", "bf16")
+    if not is_known or n != world or steps > 1:
+        found = f"{kind}, {n} of {world} process(es), {steps} accumulation step(s), {precision}"
+        raise UserError(f"Accelerate: {found}: not supported: use torchrun, or run `accelerate config` again")
     apple = ", not on Apple's GPU, which lacks functions that are needed" * torch.backends.mps.is_available()
-    threads = f"{torch.get_num_threads()} thread(s) each"
-    precision = precision.replace("no", "fp32")
-    accelerator.print(f"{world} process(es) on {device}, {threads}, precision {precision}{apple}")
+    device = f"{n} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
+    accelerator.print(f"{device}, precision {precision.replace('no', 'fp32')}{apple}")
     return accelerator
 
 
 def environment(accelerator):
     """Return versions, device and processes as a dict: what figures depend on besides the options."""
-    device = platform.machine()
-    with contextlib.suppress(OSError, TypeError):  # only Linux has this file
-        device = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    device = f"cpu ({device}, {os.cpu_count()} cores)"
+    # What the processor computes at once, such as AVX2 or AVX512, tells more of its speed than its name.
+    device = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
     versions = {"python": platform.python_version()}
@@ -681,7 +658,7 @@ def load_tensors(path):
     """Return a safetensors file's tensors, a dict, and the JSON object in its metadata; UserError if damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("json", "{}"))
+            meta = json.loads(file.metadata()["json"])
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise damaged(path, error) from None
@@ -697,8 +674,9 @@ def save_tensors(path, tensors, meta):
 # A model is here all that is trained alike: network, optimiser, images, options. Its name is a folder in runs/. A
 # setting is the four options below; a run is one model trained in one setting, a folder in that of the model.
 SETTING = ("epochs", "lr", "schedule", "seed")
-# Options that do not tell models apart: images are told apart by their hashes.
+# What config.json says of a run, and what does not tell models apart; images are told apart by their hashes.
 ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sanity_check"}
+ASIDE |= {"command", "parameters", "trained", "feature_seconds", "data", "environments"}
 
 
 def model_name(options, parser, base):
@@ -717,10 +695,10 @@ def model_name(options, parser, base):
     return re.sub(r"[^\w.=,+-]+", "-", ",".join(parts))  # no blanks: nothing needs quotes in a shell
 
 
-def run_folder(options):
-    """Return the folder of a run, such as runs/CNN/e10-lr0.005-cosine-s0; `options.model`: its model's name."""
-    name = f"e{options.epochs}-lr{options.lr}-{options.schedule}-s{options.seed}"
-    return RUNS_DIR / options.model / name
+def run_folder(config):
+    """Return the folder of a run, such as runs/CNN/e10-lr0.005-cosine-s0, by its options or config, a dict."""
+    name = "e{epochs}-lr{lr}-{schedule}-s{seed}".format(**config)
+    return RUNS_DIR / config["model"] / name
 
 
 def is_started(folder):
@@ -730,15 +708,12 @@ def is_started(folder):
 
 def check_folders(accelerator, settings):
     """Raise UserError unless all runs to come are new, or are to be resumed."""
-    if accelerator.scaler and len(settings) > 1:
-        raise UserError("precision fp16: its loss scaler would go from run to run: give one run at a time")
-    for options in settings:
-        folder = run_folder(options)
-        if is_started(folder) and not options.resume:
-            raise UserError(f"{folder}: exists: --resume goes on, --name makes another model")
-        if options.resume and not is_started(folder):
-            for other in filter(is_started, folder.parent.glob(f"e*-{folder.name.partition('-')[2]}")):
-                accelerator.print(f"{folder}: is another run than {other.name}, as its schedule differs: starts anew")
+    folders = [run_folder(vars(options)) for options in settings]
+    started = list(filter(is_started, folders))
+    if started and not settings[0].resume:
+        raise UserError(f"{started[0]}: exists: --resume goes on, --name makes another model")
+    if len(started) < len(folders) and settings[0].resume:
+        accelerator.print("new runs are started: another number of epochs, so another schedule, is another run")
 
 
 def optimizer_text(optimizer):
@@ -747,44 +722,43 @@ def optimizer_text(optimizer):
 
 
 def make_config(accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0):
-    """Return what config.json says of a run; its "identity" is what all runs of a model have in common.
+    """Return what config.json says of a run: its options, what it trains, and where.
 
     `model` and `optimizer`: as Accelerate prepared them. The last three are a probe's: the name of its features, the
     frozen ViT that they come from, a dict, and the seconds they took."""
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     names = {parameter: name for name, parameter in network.named_parameters()}
-    options = vars(options) | {"image_size": data.image_size}
-    identity = {key: value for key, value in options.items() if key not in ASIDE}
-    identity |= {
+    frozen = backbone["parameters"] if backbone else 0
+    scripts = {Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)}
+    return {
+        **vars(options),
+        "image_size": data.image_size,
+        "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
         "network": repr(network),
         "optimizer": optimizer_text(optimizer),
         "parameter groups": [
             [names.get(parameter) for parameter in group["params"] if parameter.requires_grad]
             for group in optimizer.param_groups
         ],
-        "backbone": backbone,
-        "train images": data.description["sha256"]["train"],
-        "val images": data.description["sha256"]["val"],
-    }
-    frozen = backbone["parameters"] if backbone else 0
-    return {
-        **{key: options[key] for key in ("model", *SETTING)},
-        "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
-        "features": features,
-        "backbone": backbone,
         "parameters": frozen + sum(parameter.numel() for parameter in names),
         "trained": sum(parameter.numel() for parameter in names if parameter.requires_grad),
+        "features": features,
+        "backbone": backbone,
         "feature_seconds": seconds,
-        "options": options,
         "data": data.description,
-        "identity": identity,
-        "environments": [environment(accelerator)],
-        "scripts": [{Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)}],
+        "train images": data.description["sha256"]["train"],
+        "val images": data.description["sha256"]["val"],
+        "environments": [environment(accelerator) | {"scripts": scripts}],
     }
+
+
+def identity(config):
+    """Return of a run's config what all runs of its model have in common."""
+    return {key: value for key, value in config.items() if key not in ASIDE}
 
 
 def differences(old, new):
-    """Return the names of what differs between two models' identities; what only one of them has does not count."""
+    """Return the names of what differs between two dicts; what only one of them has does not count."""
     return [key for key in new if key in old and old[key] != new[key]]
 
 
@@ -810,28 +784,28 @@ def end_sanity_check(accelerator, config, model, batches):
 
 
 def log_epoch(writer, line, rates, losses, model):
-    """Log an epoch: its `line` of metrics.jsonl, rate and loss of each step, and histograms of the `model`."""
-    epoch = line["epoch"]
+    """Log an epoch: its `line` of metrics.jsonl, rate and loss of each step, and histograms of the `model`.
+
+    All are logged by the number of the optimiser's steps, so models with other batches still compare."""
+    last = line["step"]
     for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_macro_f1"):
-        writer.add_scalar(f"by epoch/{key}", line[key], epoch)
-    for i, (rate, loss) in enumerate(zip(rates, losses), line["step"] - len(rates) + 1):
-        writer.add_scalar("by step/learning rate", rate, i)
-        writer.add_scalar("by step/loss", loss, i)
+        writer.add_scalar(f"epoch/{key}", line[key], last)
+    for step, (rate, loss) in enumerate(zip(rates, losses), last - len(rates) + 1):
+        writer.add_scalar("step/learning rate", rate, step)
+        writer.add_scalar("step/loss", loss, step)
     for name, parameter in model.named_parameters():
         with contextlib.suppress(ValueError):  # values of 1e20 and more: TensorBoard has no bin for them
-            writer.add_histogram(f"weights/{name}", parameter.detach().float(), epoch)
-            # Of the epoch's last step; with fp16 it can have overflowed.
-            if parameter.grad is not None and parameter.grad.isfinite().all():
-                writer.add_histogram(f"gradients/{name}", parameter.grad.float(), epoch)
+            writer.add_histogram(f"weights/{name}", parameter.detach().float(), last)
+            if parameter.grad is not None:  # of the last step
+                writer.add_histogram(f"gradients/{name}", parameter.grad.float(), last)
 
 
-def check_model(config):
-    """Raise UserError where the folder of a run's model holds runs of another model, or the run's own another run."""
-    own = run_folder(argparse.Namespace(**config))
+def check_model(own, config):
+    """Raise UserError where the folder of a run's model holds runs of another model, or the run's `own` another run."""
     for file in sorted(own.parent.glob("*/config.json")):
         if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
             earlier = read_json(file)
-            found = differences(earlier.get("identity", {"network": "of older scripts"}), config["identity"])
+            found = differences(earlier, identity(config))
             if file.parent == own:  # which may be a copy of another run's folder
                 found += differences(earlier, {key: config[key] for key in SETTING})
             if found:
@@ -850,14 +824,6 @@ def lock_folder(path):
     except (ImportError, OSError):
         pass
     return file
-
-
-def load_checkpoint(file):
-    """Return what a checkpoint holds, a dict; UserError where it cannot be read. No code in it is run."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip files, of pickles, of tensors: many kinds
-        raise damaged(file, error) from None
 
 
 def print_epoch(line, epochs, which=""):
@@ -881,16 +847,14 @@ class Run:
 
     def __init__(self, accelerator, config, model, optimizer, **others):
         self.accelerator, self.config = accelerator, config
-        self.path = run_folder(argparse.Namespace(**config))
+        self.path = run_folder(config)
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.objects = {"model": self.model, "optimizer": optimizer, **others}
-        if accelerator.scaler:
-            self.objects["scaler"] = accelerator.scaler
-        self.history, self.best, self.events = [], None, {}
+        self.history, self.best = [], None
         self.predictions = self.path / "predictions.safetensors"
         self.ended = self.predictions.exists()
         self.lock = self.writer = None
-        check_model(config)
+        check_model(self.path, config)
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
@@ -910,38 +874,43 @@ class Run:
             opened.close()
 
     def read(self):
-        """Load all states, and the history, the best weights and the sizes of TensorBoard's files."""
+        """Load all states, the history and the best weights."""
         file = self.path / "checkpoint.pt"
         if self.ended and not file.exists() and not self.is_complete():
             raise UserError(f"{self.path}: has predictions of other images, and no checkpoint: give --name")
         if file.exists():
-            checkpoint = load_checkpoint(file)
+            try:
+                # On the CPU first; no code in the file is run.
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # of zip files, of pickles, of tensors: many kinds
+                raise damaged(file, error) from None
             try:
                 for name, value in self.objects.items():
                     value.load_state_dict(checkpoint["states"][name])
             except Exception as error:  # of the model, the optimiser, a scheduler: many kinds
                 raise UserError(f"{file}: of other objects ({brief(error)}): give --name") from None
             self.history, self.best = checkpoint["history"], checkpoint["best"]
-            self.events = checkpoint["events"]
+
+    def steps(self):
+        """Return the number of steps that have been trained and saved."""
+        return self.history[-1]["step"] if self.history else 0
 
     def is_complete(self):
         """Return whether the predictions are there, of today's images."""
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
     def clean_up(self):
-        """Cut off what was logged after the checkpoint, and record in config.json where the run is trained now."""
+        """Begin the log where the checkpoint ends, and record in config.json where the run is trained now."""
         if not self.ended:
             from torch.utils.tensorboard import SummaryWriter
 
-            for file in self.path.glob("events.out.tfevents.*"):
-                os.truncate(file, self.events.get(file.name, 0))
-            self.writer = SummaryWriter(str(self.path))
+            # What a start that was killed has logged of steps from this one on, TensorBoard does not show.
+            self.writer = SummaryWriter(self.path, purge_step=self.steps() + 1)
         for file in self.path.glob(".*.tmp"):  # see atomic_write
             file.unlink()
         if self.history:
             earlier = read_json(self.path / "config.json")
-            for key in ("environments", "scripts"):
-                self.config[key] = earlier[key] + self.config[key]
+            self.config["environments"] = earlier["environments"] + self.config["environments"]
         write_json(self.path / "config.json", self.config)
 
     def remaining_epochs(self):
@@ -963,7 +932,7 @@ class Run:
         epoch = len(self.history) + 1  # files and messages count from 1
         line = {
             "epoch": epoch,
-            "step": len(steps) + (self.history[-1]["step"] if self.history else 0),
+            "step": self.steps() + len(steps),
             "lr": rates[-1],
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),
@@ -971,8 +940,7 @@ class Run:
             "seconds": round(time.perf_counter() - self.epoch_began, 3),
         }
         if not math.isfinite(line["train_loss"] + line["val_loss"]):
-            where = f"in epoch {epoch}, at learning rates of up to {max(rates):g}"
-            raise UserError(f"{self.path}: the loss is no longer a number {where}: give a smaller --lr")
+            raise UserError(f"{self.path}: the loss is no longer a number in epoch {epoch}: give a smaller --lr")
         # clone: on a CPU .cpu() copies nothing, and the next step would change the best weights.
         if not self.history or rank_key(line) > max(map(rank_key, self.history)):
             self.best = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
@@ -983,28 +951,24 @@ class Run:
             print_epoch(line, self.config["epochs"])
 
     def save(self):
-        """Write checkpoint.pt, and the files that are made from it."""
+        """Write the files of an epoch, checkpoint.pt last: if a kill comes before it, the epoch is trained again."""
         self.writer.flush()
+        save_tensors(self.path / "model.safetensors", self.best, {})
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         checkpoint = {
             "history": self.history,
             "best": self.best,
             "states": {name: value.state_dict() for name, value in self.objects.items()},
-            # What is logged after this is cut off when the run is resumed.
-            "events": {file.name: file.stat().st_size for file in self.path.glob("events.out.tfevents.*")},
         }
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         atomic_write(self.path / "checkpoint.pt", buffer.getvalue())
-        save_tensors(self.path / "model.safetensors", self.best, {})
-        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def restore_best_weights(self):
         """Load the weights of the best epoch into the model; returns False where all predictions are there already."""
         if self.is_complete():
             self.accelerator.print(f"{self.path}: already complete")
             return False
-        if self.writer:
-            self.save()  # a kill may have come between the checkpoint and the other files
         self.model.load_state_dict(self.best)
         return True
 
@@ -1025,10 +989,9 @@ def make_classifier(run, config, model, backbone=None):
     """Load a run's best weights into `model`; return a function from images to class probabilities.
 
     `backbone`: what stands before the model, if it is a probe."""
-    if repr(model) != config["identity"]["network"]:
+    if repr(model) != config["network"]:
         raise UserError(
-            f"{run}: its network is not what this script makes: the class here has changed since, or the run is of "
-            f"another script ({config['command']}): use the script as it was"
+            f"{run}: its network is not the one of this script: use the script as it was: {config['command']}"
         )
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1050,7 +1013,7 @@ def make_classifier(run, config, model, backbone=None):
         fitted, _, _ = read_images(images, data["side"])
         results = []
         for pixels in stack_images(fitted, data["side"], data["channels"]).split(batch_size):
-            logits = network(resize(pixels.to(device) / 255, data["image_size"]))
+            logits = network(resize(pixels.to(device) / 255, config["image_size"]))
             for row in logits.float().softmax(1).tolist():
                 results.append(dict(Counter(dict(zip(data["classes"], row))).most_common()))
         return results

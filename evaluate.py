@@ -35,7 +35,6 @@ from common import UserError
 MAX_MODELS = 6  # in the report, for its 200 lines; the others are in runs.csv
 MAX_CNNS, MAX_PROBES = 4, 2  # of these, where none is named
 MAX_CLASSES = 40  # of a confusion matrix that can still be read
-SETTING = ["model", "epochs", "lr", "schedule"]  # runs that agree in these differ by their seeds
 MEASURES = {
     "train_accuracy": "training accuracy",
     "val_accuracy": "validation accuracy",
@@ -67,12 +66,12 @@ ANSWERS = """
 
 
 # -------------------------------------------------------------------------------------------- reading runs
-def augmentation(options):
+def augmentation(config):
     """Return the transforms of the training images as torchvision calls them; "" for a probe's plain images."""
-    if options.get("views") == 0:
+    if config.get("views") == 0:
         return ""
-    crop = f"RandomResizedCrop({options['image_size']}, scale=({options['crop_scale']:g}, 1)"
-    flip = "" if options["no_flip"] else ", RandomHorizontalFlip()"
+    crop = f"RandomResizedCrop({config['image_size']}, scale=({config['crop_scale']:g}, 1)"
+    flip = "" if config["no_flip"] else ", RandomHorizontalFlip()"
     return f"{crop}, ratio=(1/{common.CROP_RATIO}, {common.CROP_RATIO})){flip}"
 
 
@@ -89,18 +88,19 @@ def read_run(folder):
 
     tensors, _ = common.load_tensors(predictions)
     split = "test" if "test.labels" in tensors else "val"
-    labels = tensors[f"{split}.labels"]
-    log_probs = tensors[f"{split}.log_probs"]
+    labels, log_probs = tensors[f"{split}.labels"], tensors[f"{split}.log_probs"]
     confidence, predicted = log_probs.exp().max(1)
 
-    model = Path(os.path.abspath(folder)).parent.name  # a link's own name, not that of its target
+    place = Path(os.path.abspath(folder)).parent  # a link's own name, not that of its target
+    model = place.name
     epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
     return {
         **best,
-        **config["identity"],
         **config,
         **common.scores(log_probs, labels),
+        "identity": common.identity(config),
         "run": folder.as_posix(),
+        "check": place / "sanity-check.json",
         "model": model,
         "seconds": curve.seconds.sum(),
         "steps": curve.step.max(),
@@ -109,9 +109,8 @@ def read_run(folder):
         "images": len(labels),
         "when": epochs,
         "title": f"{model}, {epochs}",
-        "is_named": bool(config["options"].get("name")),
         "is_control": "'random'" in str(config["backbone"]),
-        "augmentation": augmentation(config["options"]),
+        "augmentation": augmentation(config),
         "curve": curve,
         "labels": labels.numpy(),
         "predicted": predicted.numpy(),
@@ -129,8 +128,6 @@ def read_runs(names):
     rows, left_out = [], []
     for name in names:
         root = Path(os.path.relpath(name))
-        if not root.is_dir():
-            raise UserError(f"{name}: no such folder")
         folders = [here for here, files in common.walk(root) if "config.json" in files]
         for folder in folders or [root]:
             try:
@@ -150,17 +147,17 @@ def drop_others(frame, left_out):
     the training scripts demand it of a new run; of a setting and seed one."""
     is_same = frame.data_set == frame.data_set.mode()[0]
     for _, folders in frame.run[~is_same].map(os.path.dirname).groupby(frame.data_set):
-        again = shlex.join(["python", "evaluate.py", *folders.unique(), "--out", "report-other"])
-        left_out.append(f"runs on other images: `{again}`; or --resume, if test/ came later")
+        again = f"`python evaluate.py {shlex.join(folders.unique())} --out report-other`"
+        left_out.append(f"runs on other images: {again}; or --resume, if test/ came later")
     alike = frame[is_same]
     for model, runs in alike.groupby("model"):
-        texts = runs.identity.map(str)
-        most = runs.identity[texts == texts.mode()[0]].iloc[0]
+        identities = list(runs.identity)
+        most = max(identities, key=identities.count)
         for run in runs.itertuples():
             if different := common.differences(most, run.identity):
                 left_out.append(f"{run.run}: not of the model of most runs of {model}: {', '.join(different)}")
                 alike = alike.drop(run.Index)
-    is_again = alike.duplicated([*SETTING, "seed"])
+    is_again = alike.duplicated(["model", *common.SETTING])
     left_out += [f"{run}: setting and seed of another run, which counts once" for run in alike.run[is_again]]
     return alike[~is_again], left_out
 
@@ -190,27 +187,19 @@ def best_settings(frame):
     return pd.concat(best), lines
 
 
-def shared_epochs(runs):
-    """Return the numbers of epochs that CNN and probe share; all, where there is none, or only CNNs or only probes."""
-    is_cnn = runs.features == "pixels"
-    kinds = is_cnn.groupby(runs.epochs).nunique()
-    return kinds.index[kinds == kinds.max()]
-
-
 def list_models(best):
     """Return the models that the report shows, in its order: a dict from their names to a remark on their choice.
 
     Those that are named on the command line; else CNNs, the one without options first, then the probe on the class
-    token and the best other one by validation: at the most epochs that are shared, of those with the most seeds."""
+    token and the best other one by validation: after the most epochs, of those with the most seeds."""
     named = best[best.named].sort_index().model.unique()
     if len(named):
         return dict.fromkeys(named[:MAX_MODELS], "")
     best = best[~best.is_control | best.is_control.all()]
-    best = best[best.epochs.isin(shared_epochs(best))]
     ranked = best.sort_values(["epochs", "seeds", "validation"], ascending=False).drop_duplicates("model")
     # Without options: the shortest name, if it was not given by --name, of CNNs and of the probes on the class token.
     plain = ranked.query("features in ['pixels', 'class']")
-    first = (plain.model.str.len() + 999 * plain.is_named).groupby(plain.features).idxmin()
+    first = (plain.model.str.len() + 999 * plain.name.notna()).groupby(plain.features).idxmin()
     others = ranked.drop(first)
     ranked = pd.concat([ranked.loc[first], others])
     cnns = ranked.query("features == 'pixels'").model[:MAX_CNNS]
@@ -223,14 +212,15 @@ def list_models(best):
 
 
 def select(best):
-    """Return the runs that are compared, of the `best_settings`.
+    """Return the runs that are compared, of the `best_settings`: those of `list_models`.
 
-    Those of `list_models`, at the fewest and the most epochs that CNN and probe share. Adds `place` and `remark`, the
-    model's, and `color`."""
+    At the fewest and the most epochs that CNN and probe share; where there is none, or only CNNs or only probes, at
+    the fewest and the most. Adds `place` and `remark`, the model's, and `color`."""
+    kinds = (best.features == "pixels").groupby(best.epochs).nunique()  # 2: CNN and probe
+    best = best[best.epochs.isin(kinds.index[kinds == kinds.max()])]
     remarks = list_models(best)
     shown = best[best.model.isin(remarks)]
-    epochs = shared_epochs(shown)
-    shown = shown[shown.epochs.isin([min(epochs), max(epochs)])]
+    shown = shown[shown.epochs.isin([shown.epochs.min(), shown.epochs.max()])]
     place = shown.model.map(list(remarks).index)
     shown = shown.assign(place=place, remark=shown.model.map(remarks), color="C" + place.astype(str))
     return shown.sort_values(["epochs", "place", "seed"])
@@ -243,21 +233,20 @@ def mean_sd(values, digits=4):
     return f"{values.mean():.{digits}f}{deviation}"
 
 
-def compare(sides):
-    """Return the difference of each model to the first one at a number of epochs, in words: a dict of titles.
+def compare(first, runs):
+    """Return the difference of a model's runs to those of the `first` one, in words.
 
     The difference is the mean over the images of d, the difference between the shares of the shared seeds that have an
     image right. Its 95% interval is by SE² = var(d) / images + var(D) / seeds with D, the seeds' own differences. The
     first term is the paired comparison of Miller, "Adding Error Bars to Evals" (2024, arXiv 2411.00640); one seed has
     no second."""
-    is_first = sides.model == sides.groupby("when").model.transform("first")
-    words = dict.fromkeys(sides.title[~is_first], "no seed in common with the first")
-    pairs = sides[is_first].merge(sides[~is_first], on=["when", "seed"])
-    for (title, first), runs in pairs.groupby(["title_y", "model_x"], sort=False):
-        d = np.stack(runs.right_y).astype(float) - np.stack(runs.right_x)  # [seeds, images]
-        error = math.hypot(sem(d.mean(0)), sem(d.mean(1)) if len(d) > 1 else 0)
-        words[title] = in_words(d.mean(), error, f"better than {first} by", f"worse than {first} by")
-    return words
+    name = first.model.iloc[0]
+    pairs = first.merge(runs, on="seed")
+    if pairs.empty:
+        return f"no seed in common with {name}"
+    d = np.stack(pairs.right_y).astype(float) - np.stack(pairs.right_x)  # [seeds, images]
+    error = math.hypot(sem(d.mean(0)), sem(d.mean(1)) if len(d) > 1 else 0)
+    return in_words(d.mean(), error, f"better than {name} by", f"worse than {name} by")
 
 
 def in_words(difference, error, more, less):
@@ -276,19 +265,14 @@ def shorten(text, most=24):
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
-def draw_lines(frame, x):
-    """Draw the column `value` over the column `x`: a panel for each `panel`, in it a line for each `line`.
-
-    Means over the seeds; `color` is that of the line."""
-    panels = frame.groupby("panel", sort=False)
-    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+def draw_lines(tables, colors):
+    """Draw tables, {title: data frame}, a panel each: a line for each column, whose color is `colors[column]`."""
+    rows, columns = math.ceil(len(tables) / 2), min(2, len(tables))
     figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
-    for place, (title, panel) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=x)
-        for (line, color), runs in panel.groupby(["line", "color"], sort=False):
-            axes.plot(runs.groupby(x).value.mean(), ".-", color=color, label=shorten(line, 48))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    for place, (title, table) in enumerate(tables.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        color = [colors.get(name, "gray") for name in table]
+        table.plot(ax=axes, title=title, style=".-", color=color, grid=True)
     return figure
 
 
@@ -307,25 +291,22 @@ def draw_confusions(sides):
             normalize="true",
             display_labels=classes,
             include_values=len(classes) <= 12,  # more cannot be read
-            values_format=".1%",
-            text_kw={"fontsize": 8},
+            values_format=".0%",
             xticks_rotation="vertical",
             cmap="Blues",
             ax=axes,
             colorbar=False,
         )
         axes.set_title(f"{shorten(run.title, 36)}\nseed {run.seed}")
-        axes.label_outer()
-        axes.tick_params(labelbottom=place + 3 > len(runs))
     return figure
 
 
-def draw_grid(title, cells, columns):
-    """Draw images, each of `cells` float [C, S, S] with a text above it, in rows of `columns`."""
-    rows = math.ceil(len(cells) / columns)
+def draw_grid(title, images, texts, columns):
+    """Draw images, float [N, C, S, S], in rows of `columns`, each with a text above it."""
+    rows = math.ceil(len(texts) / columns)
     figure = Figure(figsize=(10, 11 / columns * rows), layout="constrained")
     figure.suptitle(title)
-    for place, (image, text) in enumerate(cells, 1):
+    for place, (image, text) in enumerate(zip(images, texts), 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
         axes.set_title(text, fontsize=7, loc="left")
@@ -335,17 +316,17 @@ def draw_grid(title, cells, columns):
 
 def find_mistakes(models, data):
     """Return a row for each image that a model's run has wrong, the most confident first; the index is the image's."""
-    files, _, _ = common.find_images(Path(data.description["path"], models.split.iloc[0]), data.classes)
-    classes = np.array(data.classes)
+    classes = np.array(models.data.iloc[0]["classes"])
     tables = []
     for run in models.itertuples():
         columns = {
+            "model": run.title,
+            "file": data.paths[run.split] if data else "gone",
             "true": classes[run.labels],
             "predicted": classes[run.predicted],
             "confidence": run.confidence,
         }
-        table = pd.DataFrame({"model": run.title, "file": files, **columns})[~run.right]
-        tables.append(table.sort_values("confidence", ascending=False))
+        tables.append(pd.DataFrame(columns)[~run.right].sort_values("confidence", ascending=False))
     return pd.concat(tables)
 
 
@@ -353,37 +334,36 @@ def draw_augmentation(run, data):
     """Draw a training image of each class (ten at most): plain, then as the first epochs of a run see it."""
     labels = data.labels["train"]
     index = np.unique(labels, return_index=True)[1][:10]
-    cells = []
-    for epoch in range(1 + min(5, run.options.get("views") or run.epochs)):  # 0: plain
-        options = [data.image_size, run.crop_scale if epoch else None, run.no_flip, run.seed]
-        images = common.ImageDataset(data.pixels["train"], labels, *options)
-        images.start_epoch(epoch - 1)
+    images, texts = [], []
+    for epoch in range(1 + min(5, run.identity.get("views") or run.epochs)):
+        scale = run.crop_scale if epoch else None  # 0: plain
+        dataset = common.ImageDataset(data.pixels["train"], labels, data.image_size, scale, run.no_flip, run.seed)
+        dataset.start_epoch(epoch - 1)
         for i in index:
-            text = f"{shorten(data.classes[labels[i]], 12)}\n{f'epoch {epoch}' if epoch else 'plain'}"
-            cells.append((images[i][0], text))
-    return draw_grid(f"{run.model}, seed {run.seed}: training images", cells, len(index))
+            images.append(dataset[i][0])
+            texts.append(f"{shorten(data.classes[labels[i]], 12)}\n{f'epoch {epoch}' if epoch else 'plain'}")
+    return draw_grid(f"{run.model}, seed {run.seed}: training images", images, texts, len(index))
 
 
 def draw_pictures(best, sides, models, data, mistakes):
     """Yield file names and figures of what there is to see; without `data` none that show images."""
     if len(sides.data.iloc[0]["classes"]) <= MAX_CLASSES:
         yield "confusion.png", draw_confusions(sides)
-    curves = []
-    for run in sides[sides.title.isin(models.title)].itertuples():
-        curves.append(run.curve.assign(line=run.title, color=run.color))
-    curves = pd.concat(curves).rename(columns=MEASURES)
+    runs = sides[sides.title.isin(models.title)]
+    curves = pd.concat([run.curve.assign(model=run.model) for run in runs.itertuples()])
+    colors = dict(zip(models.model, models.color))
     if curves.epoch.max() > 1:
-        curves = curves.melt(["line", "color", "epoch"], MEASURES.values(), "panel")
-        yield "learning-curves.png", draw_lines(curves, "epoch")
+        # Means over the seeds.
+        tables = {MEASURES[key]: curves.pivot_table(key, "epoch", "model", sort=False) for key in MEASURES}
+        yield "learning-curves.png", draw_lines(tables, colors)
 
     probes = best.query(f"features != 'pixels' and epochs == {sides.epochs.max()}")
-    block = probes.features.str.extract(r"(\d+)", expand=False).astype(float)
+    block = probes.features.str.extract(r"(\d+)", expand=False).astype(float).rename("block")
     if block.nunique() > 2:
         line = probes.model.str.replace(r"grid\d+", "grid", n=1, regex=True)
-        color = line.map(models.set_index("model").color).fillna("gray")
-        panel = "validation accuracy, " + probes.when
-        probes = probes.assign(value=probes.val_accuracy, block=block.fillna(11), line=line, color=color, panel=panel)
-        yield "which-layer.png", draw_lines(probes, "block")
+        table = probes.pivot_table("val_accuracy", block.fillna(11), line)
+        tables = {f"validation accuracy, {probes.when.iloc[0]}": table}
+        yield "which-layer.png", draw_lines(tables, colors)
     if data:
         yield from draw_images(models, data, mistakes)
 
@@ -393,13 +373,13 @@ def draw_images(models, data, mistakes):
     for run in models[models.augmentation > ""].head(1).itertuples():
         yield "augmentation.png", draw_augmentation(run, data)
     for run in models[models.accuracy < 1].itertuples():
-        cells = []
-        for row in mistakes[mistakes.model == run.title].head(12).itertuples():
+        top = mistakes[mistakes.model == run.title].head(12)
+        texts = []
+        for row in top.itertuples():
             predicted = f"predicted: {shorten(row.predicted, 20)} ({row.confidence:.1%})"
-            text = f"{shorten(row.file.name)}\ntrue: {shorten(row.true, 20)}\n{predicted}"
-            cells.append((data.pixels[run.split][row.Index] / 255, text))
+            texts.append(f"{shorten(row.file.name)}\ntrue: {shorten(row.true, 20)}\n{predicted}")
         title = f"{run.title}, seed {run.seed}: most confident mistakes"
-        yield f"mistakes-{run.place + 1}.png", draw_grid(title, cells, 4)
+        yield f"mistakes-{run.place + 1}.png", draw_grid(title, data.pixels[run.split][top.index] / 255, texts, 4)
 
 
 # ------------------------------------------------------------------------------------------------- summary
@@ -419,11 +399,11 @@ def bullets(lines):
     return "\n".join(f"- {line}" for line in lines)
 
 
-def command(frame, script, *options):
+def command(frame, script, options=""):
     """Return a command line for the data of the report, as code."""
     path = frame.data.iloc[0]["path"]
-    data = [] if path == common.DATA_DIR else ["--data-dir", path]
-    return f"`{shlex.join(['python', script, *data, *options])}`"
+    data = "" if path == common.DATA_DIR else f" --data-dir {shlex.quote(path)}"
+    return f"`python {script}{data}{options}`"
 
 
 def measured(run, profile):
@@ -441,114 +421,91 @@ def summary_table(sides, models, profile):
         for when, runs in of_model.groupby("when", sort=False):
             row[f"Accuracy (%), {when}"] = mean_sd(100 * runs.accuracy, 2)
             row[f"Macro-F1, {when}"] = mean_sd(runs.macro_f1)
-        row["Steps"] = " / ".join(map(str, of_model.steps.unique()))
-        # `runs` are the last: those of the most epochs.
-        row["Training (s)"] = f"{runs.seconds.mean():,.1f}"
-        row["Features (s)"] = f"{runs.feature_seconds.mean():,.1f}" * (run.features != "pixels")
         steps = [f"{of['row']}: {of['step_ms']:,.1f} ms, {of['peak_mb']:,.0f} MB" for of in measured(run, profile)]
-        row["A step"] = "; ".join(steps)
-        rows.append(row)
+        rows.append(
+            {
+                **row,
+                "Steps": " / ".join(map(str, of_model.steps.unique())),
+                "Input (px)": run.image_size,
+                # `runs` are the last: those of the most epochs.
+                "Training (s)": f"{runs.seconds.mean():,.1f}",
+                "Features (s)": f"{runs.feature_seconds.mean():,.1f}",
+                "A step": "; ".join(steps),
+            }
+        )
     return rows
 
 
-def summary_sentences(sides, rates, profile):
-    """Return a line for each of the homework's questions, with figures and intervals."""
-    differences = compare(sides)
-    first, *others = sides.model[sides.epochs == sides.epochs.max()].unique()
+def summary_sentences(sides, rates, profile, hint, scripts):
+    """Return a line for each of the homework's questions: figures and intervals, or the commands that make them.
+
+    `hint`: the command of the profile; `scripts`: those of both trainings."""
     rows, base, costs = [], None, None
-    for title, runs in sides.groupby("title", sort=False):
+    for _, runs in sides.groupby("title", sort=False):
         mean, run = runs.mean(numeric_only=True), runs.iloc[0]
-        words = f"{run.model} {mean.accuracy:.2%}{', ' + differences[title] if title in differences else ''}"
-        question = "Quality" if run.when == sides.when.iloc[-1] else "Convergence"
-        rows.append({f"{question}, after {run.when}": words})
-        if question == "Convergence":
+        side = sides[sides.when == run.when]
+        first = side.model.iloc[0]
+        is_last = run.epochs == sides.epochs.max()
+        words = f"{run.model}{run.remark} {mean.accuracy:.2%}"
+        if run.model != first:
+            words += f", {compare(side[side.model == first], runs)}"
+            pairs = rates.loc[run.epochs, [first, run.model]].dropna()
+            if len(pairs) > 1:
+                ahead = f"{run.model} beats {first} at {sum(pairs[run.model] > pairs[first])} of {len(pairs)}"
+                rows.append({f"Other pairs of rate and schedule (mean validation accuracy), after {run.when}": ahead})
+        rows.append({f"{'Quality' if is_last else 'Convergence'}, after {run.when}": words})
+        if not is_last:
             continue
         val, test = mean.val_accuracy, mean.accuracy
-        error = math.sqrt(val * (1 - val) / run.data["counts"]["val"] + test * (1 - test) / run.images)
+        error = math.sqrt(val * (1 - val) / sum(run.data["counts"]["val"]) + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        gap = f"{100 * (mean.train_accuracy - test):.2f} points less than in training"
-        fall = f"test {test:.2%} ({gap}), {fall}" if run.split == "test" else "there is no test/"
+        fall = f"test {test:.2%}, {fall}" if run.split == "test" else "there is no test/"
         words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
-        rows.append({"Generalisation (interval: validation less test)": words})
         total = mean.seconds + mean.feature_seconds
         base = base or (mean.seconds, total)  # the first model's
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
-        if mean.feature_seconds:
-            time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
+        time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
+        rows.append({"Generalisation (interval: validation less test)": words, "Time of the training": time})
         for of in measured(run, profile):
             costs = costs or of
             ratios = f"{of['step_ms'] / costs['step_ms']:,.2f} and {of['peak_mb'] / costs['peak_mb']:,.2f} times"
             step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {of['peak_mb']:,.0f} MB"
             rows.append({"Resources, a step": f"{step}, {ratios} the first of these"})
-        rows.append(
-            {
-                "Resources, parameters trained": f"{run.model} {run.trained:,} of {run.parameters:,}",
-                "Time of the training": time,
-                "Best epoch by validation": f"{run.model} {mean.best_epoch:.1f}",
-                "Not alike": f"{run.model} {run.image_size} px, {run.augmentation and 'augmented' or 'plain'}, "
-                f"{run.data['counts']['train']:,} images in batches of {run.batch_size}, {run.schedule} {run.lr:g}, "
-                f"best of {run.tried} tried with {run.seeds} seed(s){run.remark}",
-            }
-        )
-    for model in others:
-        for epochs, pairs in rates[[first, model]].dropna().groupby("epochs"):
-            if len(pairs) > 1:
-                ahead = f"{sum(pairs[model] > pairs[first])} of {len(pairs)}"
-                words = f"after {epochs} epoch(s) {model} beats {first} at {ahead}"
-                rows.append({"Other pairs of rate and schedule, by mean validation accuracy": words})
     clauses = pd.DataFrame(rows)
-    return [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
-
-
-def missing_sentences(sides, models, sentences, hint, train_cnn, train_probe):
-    """Return a line for each question that `sentences` do not answer, with the command that makes its figures."""
-    text = " ".join(sentences)
-    lines = []
-    if "**Resources, a step" not in text:
+    lines = [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
+    if costs is None:
         lines.append(f"**Resources, a step**: not measured: {hint}")
-    if models.features.eq("pixels").nunique() == 1:
-        lines.append(f"**Missing**: a CNN or a probe: {train_cnn} {train_probe}")
     if sum(sides.groupby("when").model.nunique() > 1) < 2:
-        lines.append(f"**Convergence**: needs `--resume --epochs 1` and 10 of {train_cnn}, {train_probe}")
-    pairs = (len(models) - 1) * sides.when.nunique()  # of models and numbers of epochs, with a clause each
-    if pairs == 0 or text.count(" beats ") < pairs:
+        lines.append(f"**Convergence**: needs `--resume --epochs 1` and 10 of {scripts}")
+    if " beats " not in str(lines):
         lines.append(f"**Other rates and schedules**: for all models need {RATES}")
     return lines
 
 
 # ------------------------------------------------------------------------------------------------ sections
-def data_section(models, data):
-    """Return the numbers of images, and what a reader must know of them; `data` None where they are gone."""
+def data_section(models):
+    """Return the numbers of images, and what a reader must know of them."""
     recorded = models.data.iloc[0]
     rows = []
-    for split, n in recorded["counts"].items():
-        counts = data.labels[split].bincount(minlength=len(data.classes)).tolist() if data else ["?"]
-        row = {"Split": split, "Images": f"{n:,}", "In a class": f"{min(counts)} to {max(counts)}"}
-        rows.append(row | {"Also in an earlier split": f"{recorded['repeated'].get(split, 0):,}"})
+    for split, counts in recorded["counts"].items():
+        rows.append({"Split": split, "Images": f"{sum(counts):,}", "In a class": f"{min(counts)} to {max(counts)}"})
     return f"""\
 {markdown_table(rows)}
 
 An ImageFolder, `{recorded["path"]}`, with the classes \
-{textwrap.shorten(", ".join(recorded["classes"]), 500)}. The images have \
-{" x ".join(map(str, recorded["mean_size"]))} px on average; of each the middle square is used, stored as \
+{textwrap.shorten(", ".join(recorded["classes"]), 500)}. Of each image the middle square is used, stored as \
 {" or ".join(dict.fromkeys(f"{data['side']} px ({data['channels']} channel(s))" for data in models.data))}. \
-Skipped, as no images of a class: {common.list_counts(recorded["skipped"])}. \
-Training images of a single colour: {recorded["single_colour"]:,}. \
+What the trainings said of them: {"; ".join(recorded["notes"])}. \
 {"" if "test" in recorded["counts"] else "There is no test/: the reported images chose the best epoch."}"""
 
 
 def sanity_check(run):
     """Return the result of a model's sanity check, or the command that makes it."""
-    file = Path(os.path.abspath(run.run)).parent / "sanity-check.json"
-    if not file.exists():
-        # The run's own command, without what may have made it a sweep.
-        command = re.sub(r" --(epochs|lr|schedule|seed|features|name|resume)([ =](?!--)\S+)*", "", run.command)
-        features = f" --features {run.features}" * (run.features != "pixels")
-        name = f" --name {shlex.quote(run.model)}" * run.is_named
-        return f"not made: `{command}{features}{name} --sanity-check`"
-    check = common.read_json(file)
+    if not run.check.exists():
+        return f"not made: `{run.command} --sanity-check`"
+    check = common.read_json(run.check)
     # What is checked there is a model of that day: its network or options may have changed since.
-    different = ", ".join(common.differences(check.get("identity", check), run.identity))
+    different = ", ".join(common.differences(check, run.identity))
     return (
         f"{'passed' if check['passed'] else 'FAILED'}{different and f', but of other options ({different})'}: "
         f"{check['images']} images, accuracy {check['accuracy']:.1%}, loss {check['loss']:.4f}"
@@ -562,26 +519,28 @@ def model_section(models, hint):
     first = models.iloc[0]
     rows, lines = [], []
     for run in models.itertuples():
-        different = common.differences(first.identity, run.identity)
-        changes = ", ".join(f"{key} {run.options.get(key, '')}".strip() for key in different)
+        changes = []
+        for key in common.differences(first.identity, run.identity):
+            text = f"{key} {run.identity[key]}"
+            changes.append(text if len(text) < 40 else key)  # not the text of a whole network
         rows.append(
             {
                 "Model": run.model,
                 "Input (px)": run.image_size,
                 "Parameters": f"{run.parameters:,}",
                 "Trained": f"{run.trained:,}",
-                f"Differs from {first.model} in": changes or "-",
+                f"Differs from {first.model} in": ", ".join(changes) or "-",
             }
         )
         # Without what is off, and what only makes it faster.
         options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
         lines.append(
-            f"- {run.model}: {run.optimizer.split()[0]}, {', '.join(dict.fromkeys(map(' '.join, options)))}, batches "
-            f"of {run.batch_size}, label smoothing {run.label_smoothing}. Training images: "
+            f"{run.model}: {run.optimizer.split()[0]}, {', '.join(dict.fromkeys(map(' '.join, options)))}, batches "
+            f"of {run.batch_size}. Training images: "
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
     network = "\n".join(first.network.splitlines()[:24])
-    return "\n".join(["```", network, "```\n", markdown_table(rows), "", *lines])
+    return f"```\n{network}\n```\n\n{markdown_table(rows)}\n\n{bullets(lines)}"
 
 
 def profile_section(models, profile, hint):
@@ -627,15 +586,15 @@ def results_table(sides):
 def classes_section(sides, models):
     """Return the F1 of the hardest classes, a column a model, and each model's most frequent confusions.
 
-    Of the predictions of all seeds together."""
-    names = models.data.iloc[0]["classes"]
+    Of the predictions of all seeds together; a confusion is a share of its class."""
+    names = np.array(models.data.iloc[0]["classes"])
     f1, lines = pd.DataFrame(index=names), []
     for title, runs in sides[sides.title.isin(models.title)].groupby("title", sort=False):
-        pairs = runs[["labels", "predicted"]].explode(["labels", "predicted"]).astype(int)
-        f1[title] = f1_score(*pairs.T.values, labels=range(len(names)), average=None, zero_division=0)
-        images = pairs.labels.value_counts()
-        top = pairs.query("labels != predicted").value_counts().head(5)
-        confusions = (f"{names[a]} as {names[b]}: {n / images[a]:.1%}" for (a, b), n in top.items())
+        true, predicted = names[np.hstack(runs.labels)], names[np.hstack(runs.predicted)]
+        f1[title] = f1_score(true, predicted, labels=names, average=None, zero_division=0)
+        shares = pd.crosstab(true, predicted, normalize="index").stack()
+        wrong = shares[[one != other for one, other in shares.index]].nlargest(5)
+        confusions = (f"{one} as {other}: {share:.1%}" for (one, other), share in wrong[wrong > 0].items())
         lines.append(f"{title}: {', '.join(confusions) or 'none'}")
     hardest = f1.loc[f1.mean(axis=1).nsmallest(6).index].map("{:.4f}".format)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"
@@ -647,8 +606,8 @@ def versions_list(frame):
         f"{of['device']}, precision {of['precision']}: {', '.join(map(' '.join, of['versions'].items()))}"
         for of in itertools.chain(*frame.environments)
     ]
-    for model, scripts in frame.groupby("model").scripts:
-        counts = pd.DataFrame(itertools.chain(*scripts)).nunique()
+    for model, environments in frame.groupby("model").environments:
+        counts = pd.DataFrame([of["scripts"] for of in itertools.chain(*environments)]).nunique()
         if max(counts) > 1:
             lines.append(f"{model}: changed between or within its runs: {', '.join(counts.index[counts > 1])}")
     return bullets(dict.fromkeys(lines))
@@ -662,7 +621,7 @@ def open_images(run):
             raise UserError(f"{run.data['path']}: has other images now")
         return data
     except (OSError, UserError) as error:
-        print(f"evaluate.py: no pictures of images: {error}", file=sys.stderr)
+        common.complain(f"no pictures of images: {error}")
 
 
 def comparison_section(frame, sides, models, data, rates, notes):
@@ -690,7 +649,7 @@ Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rat
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
-{MISTAKES if data else "The images are not there any more."}
+{MISTAKES}
 
 {" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
@@ -704,21 +663,20 @@ def write_text(frame, sides, models, data, notes, out):
     """Return the report's sections but 7 and 8."""
     file = out / "profile.json"
     profile = common.read_json(file) if file.exists() else {"rows": []}
-    batch_size = models.batch_size.iloc[0]
-    batches = [] if batch_size == 64 else ["--batch-size", str(batch_size)]
-    hint = command(frame, "profile_models.py", *batches, "--out", out.as_posix())
-    tried = frame[frame.title.isin(sides.title)]
-    rates = tried.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
+    options = f" --batch-size {models.batch_size.iloc[0]} --out {shlex.quote(out.as_posix())}"
+    hint = command(frame, "profile_models.py", options)
+    compared = frame[frame.title.isin(sides.title)]
+    rates = compared.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
     train_cnn = command(frame, "train_cnn.py")
     train_probe = command(frame, "train_vit_probe.py")
-    sentences = summary_sentences(sides, rates, profile)
+    sentences = summary_sentences(sides, rates, profile, hint, f"{train_cnn}, {train_probe}")
     return f"""\
 # CNN against a linear probe on ViT-Tiny
 
 ## Summary
 {markdown_table(summary_table(sides, models, profile))}
 
-{bullets(sentences + missing_sentences(sides, models, sentences, hint, train_cnn, train_probe))}
+{bullets(sentences)}
 
 Accuracy and macro-F1: of the {frame.images.iloc[0]:,} {frame.split.iloc[0]} images, means over the seeds; ± is their \
 spread over the seeds (standard deviation), not their uncertainty. In brackets: 95% intervals, over the seeds that \
@@ -728,7 +686,7 @@ of a batch, as in section 4 ({hint}); of a probe with its backbone (vit), or wit
 Made by `{shlex.join(["python", "evaluate.py", *sys.argv[1:]])}` from {len(frame)} runs, [runs.csv](runs.csv).
 
 ## 1 Data
-{data_section(models, data)}
+{data_section(models)}
 
 ![A training image of each class: plain, and as the first epochs see it](augmentation.png)
 
@@ -761,7 +719,7 @@ def main():
     matplotlib.rcParams["text.parse_math"] = False  # a class can be called $1
     frame, left_out = read_runs(args.runs)
     for line in left_out:
-        print(f"evaluate.py: left out {line}", file=sys.stderr)
+        common.complain(f"left out {line}")
     best, notes = best_settings(frame)
     sides = select(best)
     # Of each the run of the most epochs and the lowest seed.
@@ -769,9 +727,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     frame[COLUMNS.split()].to_csv(args.out / "runs.csv", index=False)
     data = open_images(models.iloc[0])
-    mistakes = find_mistakes(models, data) if data else None
-    if data:
-        mistakes.to_csv(args.out / "mistakes.csv", index=False)
+    mistakes = find_mistakes(models, data)
+    mistakes.to_csv(args.out / "mistakes.csv", index=False)
     text = write_text(frame, sides, models, data, notes + left_out, args.out)
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""

@@ -21,27 +21,24 @@ In a folder or a zip, data may lie as they do on Kaggle. From the outer folder i
   masks beside images, train/ alone or images without folders (photos/) beside other classes. Then give the folder that
   is meant as --source, or another name to a folder.
 
-Splits of the source are kept. Without test/, a share of each class is taken for it. Of the other images --per-class
-are used, and a share of these is for validation; where the source has val/, both are cut in proportion. Images are
+Splits of the source are kept. Without test/, a fifth of each class is taken for it. Of the other images --per-class
+are used, and a fifth of these is for validation; where the source has val/, both are cut in proportion. Images are
 drawn in the order of a hash of the seed and their pixels, so the same images give the same splits, whatever their
 names and the kind of source. An image of test/ is left out of val/ and train/, one of val/ out of train/, and none is
 in train/ twice. An image that stands in two classes is an error, or left out of both by --skip-bad."""
 
 import filecmp
-import hashlib
-import os
 import re
 import shutil
 import socket
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import common
 from common import UserError, number
@@ -53,6 +50,7 @@ GTSRB Imagenette KMNIST MNIST OxfordIIITPet QMNIST RenderedSST2 SEMEION STL10 SU
 # The default is the training images in all of them; some have the one parameter, some the other or none.
 CHOICES = [("train", {}), ("test", {"train": False}), ("test", {"split": "test"}), ("val", {"split": "val"})]
 SPLITS = ["test", "val", "train"]  # an image that is in several stays in the first
+SHARE = 0.2  # of the images that is for test, and of the rest for val, where the source has no such split
 # What the words in folders' names tell; the first word of a line is the kind. Of several in a name the one that comes
 # first here counts: train_masks are masks, train_images is a split. Masks have no class; images are only a container.
 KINDS = """masks annotation annotations labels unlabelled unlabeled pred prediction predictions meta
@@ -72,16 +70,16 @@ class Item:
     label: str
     path: Path  # as messages show it; the last part is the name of the file to write
     file: object  # a path, or a PIL image of a data set without files
-    key: object = None  # equal for equal pixels; images are drawn in the order of their keys
+    key: str = ""  # equal for equal pixels; images are drawn in the order of their keys
 
 
 def unpack(archive, folder):
     """Unpack a zip and return the folder. Raises UserError where that fails."""
     try:
-        with zipfile.ZipFile(archive) as file:
+        # Names are UTF-8, also where the flag for it is missing, as in zips made on macOS. Those in an old code page
+        # end in an error, as hardly any is valid UTF-8; by default Python would read them as other letters.
+        with zipfile.ZipFile(archive, metadata_encoding="utf-8") as file:
             for entry in file.infolist():
-                if not entry.filename.isascii() and not entry.flag_bits & 0x800:  # UTF-8
-                    raise ValueError("has names in an unknown code page")
                 entry.filename = entry.filename.replace("\\", "/")  # as some programs on Windows write it
                 file.extract(entry, folder)  # drops ".." and what else leads out of the folder
         return folder
@@ -129,44 +127,41 @@ def find_classes(folder, folders, split="train"):
         classes = [child for child in classes if inside(child, folders)]
     for child in classes:
         parts = find_kinds(folders[child])
-        is_split = parts and {*parts.values()} <= {*SPLITS}  # cat/train, cat/test
-        if is_split:
-            found |= {part: (kind, child.name) for part, kind in parts.items()}
-        else:
-            found[child] = split, child.name
         is_doubtful |= "masks" in parts.values()
-        inner = {part.name for top in (parts if is_split else [child]) for part in inside(top, folders)}
+        if not parts or {*parts.values()} - {*SPLITS}:
+            parts = {child: split}  # otherwise they are the class's splits: cat/train, cat/test
+        inner = set()
+        for part, kind in parts.items():
+            found[part] = kind, child.name
+            inner |= {deeper.name for deeper in inside(part, folders)}
         names += [child.name, *inner]
     # Alone, each of a name's words tells: cats_train and cats_test beside dogs_train and dogs_test.
     told = {find_kinds([child])[child] for child in classes}.intersection(SPLITS)
     has_copies = len(names) > len({*names}) + 1  # one may be by chance: healthy, of two plants
     if is_doubtful or has_copies or len(told) > 1 or classes and "train" in splits:
         raise UserError(
-            f"{[*kinds][0].parent}: are {', '.join([child.name for child in kinds][:5])} the classes or those in them? "
+            f"{', '.join(map(str, [*kinds][:5]))}: are these the classes or the folders in them? "
             "Give a folder that has one folder for each class, and no others, as --source"
         )
     return found
 
 
 def read_folder(root, source, skipped):
-    """Return the Items of a folder; count in `skipped` what else is there."""
+    """Return the Items of a folder; count in `skipped` the files that Pillow does not read and images of no class."""
     images, others = common.image_files(root)
-    suffixes = common.list_counts(common.count_suffixes(others))
-    skipped[f"not read by Pillow ({suffixes})"] = len(others)
+    skipped.update(common.count_suffixes(others))
     paths = [source / file.relative_to(root) for file in images]
     folders = defaultdict(set)
     for folder in paths:
         while (folder := folder.parent) != source:
             folders[folder.parent].add(folder)
     found = find_classes(source, folders)
-    items, outside = [], Counter()
+    items = []
     for path, file in zip(paths, images):
         if folder := next(filter(found.get, path.parents), None):
             items.append(Item(*found[folder], path, file))
         else:
-            outside[path.parent] += 1
-    where = common.list_counts(outside)
-    skipped[f"in no folder of a class ({where})"] = outside.total()
+            skipped[f"of no class in {path.parent}"] += 1
     return items
 
 
@@ -183,133 +178,122 @@ def read_dataset(name):
             dataset = getattr(datasets, name)(root="downloads", download=True, **choice)
             # Those that keep their images as files have a list of (path, label), or two lists.
             held = vars(dataset)
-            pairs = zip(held.get("_images") or held.get("_image_files", ()), held.get("_labels", ()))
-            images = held.get("samples") or held.get("_samples") or list(pairs) or dataset
-            classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+            files = held.get("_images") or held.get("_image_files")
+            images = zip(files, held["_labels"]) if files else held.get("samples") or held.get("_samples") or dataset
+            classes = getattr(dataset, "classes", held.get("categories"))
             for i, (file, label) in enumerate(images):
-                label = classes[label] if classes else int(label)
+                label = classes[label] if classes else label
                 label = label[0] if isinstance(label, tuple) else str(label)  # of several names of a class
                 label = re.sub(r"[^\w-]+", "_", label).strip("_")  # a folder's name on any system
                 file = getattr(file, "filename", file)  # of Caltech's images, which are opened files
-                is_file = isinstance(file, str | Path)  # else it is an image
-                path = Path(file if is_file else f"{name}/{split}/{label}/{i:05d}.png")
+                path = Path(f"{name}/{split}/{label}/{i:05d}.png" if hasattr(file, "save") else file)
                 items.append(Item(split, label, path, file))
         except Exception as error:  # of the network, of the disk, of a dozen file formats
             if re.search("argument '?(split|train)", str(error)):
                 continue  # it has no such split
-            reason = common.brief(error)
-            raise UserError(f"{name}: {reason}: try later, or put its files into downloads/") from None
+            raise UserError(f"{name}: {common.brief(error)}: try later, or put its files into downloads/") from None
     return items
 
 
-def leave_out_bad(items, args, skipped):
-    """Return the items without damaged images and those in several classes; UserError for these without --skip-bad."""
+def leave_out(items, args, skipped):
+    """Return the items without damaged images, those in several classes and duplicates, in the order of their keys.
 
+    Raises UserError for damaged images and those in several classes, unless --skip-bad is given."""
     bad = {}  # key: why such images cannot be used
 
     def read(item):
         try:
             image = common.decode(item.file)
-            digest = hashlib.sha256(b"%d " % args.seed + image.tobytes()).digest()
-            item.key = digest, image.mode, image.size
+            digest = common.sha256(b"%d " % args.seed + image.tobytes())
+            item.key = f"{digest} {image.mode} {image.size}"
         except ValueError as error:
-            item.key = item.path
+            item.key = str(item.path)
             bad[item.key] = f"{item.path}: {error}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread holds one image
-        list(tqdm(pool.map(read, items), "reading", len(items), leave=False, disable=None))
-    first = {}
-    for item in items:
+    thread_map(read, items, desc="reading", leave=False, disable=None)  # a thread holds one image
+    first, good = {}, []  # first: {key: the first item that has it}, test images before val before train
+    for item in sorted(items, key=lambda item: (SPLITS.index(item.split), item.key)):
         other = first.setdefault(item.key, item)
         if other.label != item.label:
             bad[item.key] = f"{other.path} and {item.path}: one image in several classes"
+        # Test images stay as they are, also where the source has one of them twice.
+        elif other is item or other.split == item.split != "train":
+            good.append(item)
+        else:
+            skipped["duplicates"] += 1
     if bad and not args.skip_bad:
         errors = "; ".join(sorted(bad.values())[:5])
         raise UserError(f"{errors}: {len(bad)} in all: replace them or use --skip-bad")
-    good = [item for item in items if item.key not in bad]
-    skipped["damaged, refused or in several classes"] = len(items) - len(good)
+    good = [item for item in good if item.key not in bad]
+    skipped["damaged, refused or in several classes"] = len(items) - len(good) - skipped["duplicates"]
     return good
 
 
 def draw(items, labels, args, skipped):
-    """Return the files to write, {"train/Bag/00035.png": item}, and the table, a row a class.
+    """Return the images to write, [("train", item), ...], and the table, a row a class.
 
     Raises UserError for a class with too few images."""
-    groups, seen = defaultdict(list), {}
-    for item in sorted(items, key=lambda item: (SPLITS.index(item.split), item.key)):
-        first = seen.setdefault(item.key, item)
-        # Test images stay as they are, also where the source has one of them twice.
-        if first is item or first.split == item.split != "train":
-            groups[item.split, item.label].append(item)
-        else:
-            skipped["duplicates"] += 1
+    groups = defaultdict(list)
+    for item in items:
+        groups[item.split, item.label].append(item)
     splits = {item.split for item in items}
-    files, rows = {}, []
-    for label in labels:
+    images, rows = [], []
+    for label in sorted(labels):
         test, val, train = (groups[split, label] for split in SPLITS)
         if "test" not in splits:
-            count = round(len(train) * args.test_fraction)
+            count = round(len(train) * SHARE)
             test, train = train[:count], train[count:]
         total = len(train) + len(val)
         limit = min(args.per_class, total)
         skipped["over --per-class"] += total - limit
-        count = round(limit * (len(val) / total if val else args.val_fraction))
+        # How many of them are for val; where the source has val/, train and val are cut in proportion.
+        count = round(limit * (len(val) / total if val else SHARE))
         if "val" not in splits:
             val, train = train[:count], train[count:]
-        drawn = {"train": train[: limit - count], "val": val[:count]}
-        if "test" in splits or args.test_fraction > 0:
-            drawn["test"] = test
-        rows.append({"class": label} | {split: len(group) for split, group in drawn.items()})
-        if not all(drawn.values()):
-            raise UserError(
-                f"{rows[-1]}: too few images for a split: change --per-class, a fraction, --classes or --source"
-            )
-        for split, group in drawn.items():
-            for item in group:
-                name = item.path.name
-                while f"{split}/{label}/{name}" in files:  # from another sub-folder of the class
-                    name = f"_{name}"
-                files[f"{split}/{label}/{name}"] = item
-    return files, rows
+        val, train = val[:count], train[: limit - count]
+        rows.append({"class": label, "train": len(train), "val": len(val), "test": len(test)})
+        if not (train and val and test):
+            raise UserError(f"{rows[-1]}: too few images: change --per-class, --classes or --source")
+        for split, group in zip(SPLITS, (test, val, train)):
+            images += [(split, item) for item in group]
+    return images, rows
 
 
-def write(out, new, files):
-    """Make the folder `new` and rename it `out`. Raises UserError if there is one that holds others."""
-    for name, item in files.items():
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
+def write(out, new, images):
+    """Make the folder `new` and rename it `out`. Raises UserError if `out` is there and holds others."""
+    for split, item in images:
+        path = new / split / item.label / item.path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while path.exists():  # of the same name, from another sub-folder of the class
+            path = path.with_name(f"{item.path.parent.name}_{path.name}")
         if hasattr(item.file, "save"):
-            common.decode(item.file).save(new / name)
+            common.decode(item.file).save(path)
         else:
-            shutil.copyfile(item.file, new / name)
+            shutil.copyfile(item.file, path)
     try:
-        if out.exists():
-            out.rmdir()  # an empty one
         new.rename(out)
-    except OSError:
-        if not out.is_dir():
-            raise
-        # It was there, or another process has just made it.
-        same, _, _ = filecmp.cmpfiles(new, out, files, shallow=False)
-        if not len(same) == len(files) == len(common.image_files(out)[0]):
-            raise UserError(f"{out}: holds others: move it away or choose another --out") from None
+    except OSError:  # `out` was there and is not empty, or another process has just made it
+        names = [path.relative_to(out) for path in common.image_files(out)[0]]
+        same, _, _ = filecmp.cmpfiles(new, out, names, shallow=False)
+        if not len(same) == len(names) == len(images):
+            raise UserError(f"{out}: is there, with other contents: move it away or choose another --out") from None
         print(f"{out}: holds these images already")
 
 
 def main():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    share = number(float, 0, 1)
     limit = "of train and val together, or all (1000); a source's own test/ stays whole"
     add("--source", default=common.HERE / "archive.zip", help="default: archive.zip")
     add("--classes", nargs="+", help="named as in the table (default: all of them)")
     add("--per-class", type=lambda n: 10**9 if n == "all" else number(int, 1)(n), default=1000, help=limit)
-    add("--val-fraction", type=share, default=0.2, help="for val, without val/ (default: 0.2)")
-    add("--test-fraction", type=share, default=0.2, help="for test, without test/ (default: 0.2)")
     add("--seed", type=number(int, 0), default=0, help="which images are drawn (default: 0)")
     add("--skip-bad", action="store_true", help="leave out damaged or 16-bit images and those in two classes")
     add("--out", default=common.DATA_DIR, help="folder to make (default: data)")
     args = parser.parse_args()
-    source, out, skipped = Path(args.source), Path(args.out).resolve(), Counter()
+    source = Path(args.source)
+    out = Path(args.out).resolve()
+    skipped = Counter()  # what is left out, in words, and how often
     if out.is_relative_to(source.resolve()):
         raise UserError(f"{out}: is inside of --source and would be read as images: choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -321,15 +305,17 @@ def main():
         else:
             items = read_dataset(args.source)
         classes = {item.label for item in items}
-        labels = sorted(set(args.classes or classes))
-        if len(labels) < 2 or not classes.issuperset(labels):
-            has = f"{', '.join(sorted(classes)[:20]) or 'none'}, no {', '.join({*labels} - classes) or 'others'}"
-            raise UserError(f"{source}: classes: {has} (skipped: {common.list_counts(skipped)}): {FORMS}")
-        items = leave_out_bad([item for item in items if item.label in labels], args, skipped)
-        files, rows = draw(items, labels, args, skipped)
-        write(out, Path(temporary, "new"), files)
+        labels = set(args.classes or classes)
+        if len(labels) < 2 or labels - classes:
+            raise UserError(
+                f"{source}: two or more of its classes are needed: it has {sorted(classes)[:20]}, wanted are "
+                f"{sorted(labels)} (skipped {skipped.total():,}: {common.list_counts(skipped)}): {FORMS}"
+            )
+        items = leave_out([item for item in items if item.label in labels], args, skipped)
+        images, rows = draw(items, labels, args, skipped)
+        write(out, Path(temporary, "new"), images)
     print(pandas.DataFrame(rows).to_string(index=False))
-    print(f"skipped: {common.list_counts(skipped)}")
+    print(f"files and images skipped: {skipped.total():,} ({common.list_counts(skipped)})")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ profile/<row>-<n>-epochs.trace.json.gz, to be opened at https://ui.perfetto.dev.
 
 import gzip
 import json
-import math
 import multiprocessing
 import os
 import re
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.profiler import record_function
@@ -64,21 +63,16 @@ def reset_peak(device):
             return "Peak memory: the most of the GPU's held at once in the steps."
         (PROC / "clear_refs").write_text("5")  # sets VmHWM back to what is held now
         return "Peak memory: the most that the process held at once in the steps."
-    return "Peak memory: of the whole process, its start included (nan: unknown): this system cannot count steps."
+    return "Peak memory: the process's (without Linux's /proc: what it holds in the end); steps cannot be told here."
 
 
 def peak_memory(device):
-    """Return the most MB held at once since `reset_peak`, on a GPU the GPU's, else the process's; NaN if unknown."""
+    """Return the most MB held at once since `reset_peak`, on a GPU the GPU's, else the process's; see `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     with suppress(OSError, TypeError):
         return int(re.search(r"VmHWM:\s+(\d+) kB", (PROC / "status").read_text())[1]) * 1.024e-3
-    with suppress(ImportError):  # Windows has no such module
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return math.nan
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def prepare(row, args, accelerator):
@@ -86,9 +80,8 @@ def prepare(row, args, accelerator):
 
     That is the whole network, which has the backbone also where the model does without it, and the data."""
     script = train_cnn if row == "cnn" else probe
-    parser = script.make_parser()
-    parser.set_defaults(data_dir=args.data_dir, batch_size=args.batch_size)
-    (options,) = common.each_setting(parser.parse_args([]), "lr", "schedule", "seed")
+    asked = ["--data-dir", args.data_dir, "--batch-size", str(args.batch_size)]
+    (options,) = common.each_setting(script.make_parser().parse_args(asked), "lr", "schedule", "seed")
     data = common.open_data(accelerator, options)
     if row == "cnn":
         model, optimizer, loader, _ = train_cnn.prepare(options, data, accelerator)
@@ -129,7 +122,7 @@ def train(accelerator, prepared, epochs, steps):
     for epoch in range(epochs):
         marks, rates = [], [options.lr] * steps
         loader.dataset.start_epoch(epoch)
-        script.train_epoch(accelerator, model, optimizer, watch(marks), rates, options.label_smoothing)
+        script.train_epoch(accelerator, model, optimizer, watch(marks), rates, common.LABEL_SMOOTHING)
         seconds.extend(np.diff(marks))
     return np.reshape(seconds, (-1, 2))
 
@@ -233,7 +226,7 @@ def main():
     add("--batch-size", type=positive, default=64, help="images a step (64)")
     add("--data-dir", default=common.DATA_DIR, help="folder with train/ and val/ (data)")
     add("--out", type=Path, default=common.REPORT_DIR, help="folder for the report (report)")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="(bf16 if the chip has it)")
+    add("--mixed-precision", choices=["no", "bf16"], help="(bf16 if the chip has it)")
     args = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes are of no use here
     for folder in (args.out, TRACES):

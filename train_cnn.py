@@ -88,7 +88,7 @@ def make_optimizer(model, options):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": decayed, "weight_decay": 0.05},
         {"params": others, "weight_decay": 0.0},
     ]
     # This rate is not used: train_epoch sets one before each step. fused: one pass over all weights, the fastest.
@@ -116,8 +116,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()  # here, not after the step, so that TensorBoard still has the last gradients
-        # As loss.backward(). Under fp16 it scales the loss up, or small gradients would become 0; with several
-        # processes each gets the mean of their gradients.
+        # As loss.backward(); with several processes each gets the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
@@ -175,7 +174,7 @@ def train(options, data, accelerator):
             # on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
-            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
+            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, common.LABEL_SMOOTHING)
             val_logits = common.predict(accelerator, model, loaders["val"])
             # A dict of loss, accuracy and macro-F1; the loss is computed from logarithms of probabilities.
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])
@@ -218,7 +217,7 @@ def load_classifier(run):
     if config["backbone"]:
         raise UserError(f"{run}: is a probe: use train_vit_probe.load_classifier")
     data = config["data"]
-    model = make_model(argparse.Namespace(**config["options"]), data["channels"], len(data["classes"]))
+    model = make_model(argparse.Namespace(**config), data["channels"], len(data["classes"]))
     return common.make_classifier(run, config, model)
 
 

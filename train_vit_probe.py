@@ -26,9 +26,7 @@ import inspect
 import itertools
 import json
 import os
-import re
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -80,7 +78,7 @@ class FeatureDataset(torch.utils.data.Dataset):
     `views`: a list of float16 [N, values], of which an epoch uses one, in turn: one of the plain images, or several,
     each of all images cropped and flipped in another way. `labels` int64 [N]."""
 
-    def __init__(self, views, labels, seed=0):
+    def __init__(self, views, labels, seed):
         self.views, self.labels, self.seed = views, labels, seed
         self.features = views[0]
         self.order = torch.Generator()  # of the DataLoader that shuffles
@@ -98,15 +96,11 @@ class FeatureDataset(torch.utils.data.Dataset):
         index = torch.tensor(indices, device=self.labels.device)
         return self.features[index], self.labels[index]
 
-    def __getitem__(self, i):
-        """Return the features and the label of one image, to look at."""
-        return self.features[i], self.labels[i]
-
 
 def make_optimizer(model, options):
     """Return AdamW, for the weights and the bias alike."""
     # This rate is not used: train_epoch sets one before each step. fused: one pass over all weights, the fastest.
-    return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05, fused=True)
 
 
 def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
@@ -130,8 +124,7 @@ def train_epoch(accelerator, model, optimizer, loader, rates, label_smoothing):
         logits = model(features)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()  # here, not after the step, so that TensorBoard still has the last gradients
-        # As loss.backward(). Under fp16 it scales the loss up, or small gradients would become 0; with several
-        # processes each gets the mean of their gradients.
+        # As loss.backward(); with several processes each gets the mean of their gradients.
         accelerator.backward(loss)
         optimizer.step()
 
@@ -185,7 +178,7 @@ def train(options, data, features, about, accelerator):
             # on as if it had not been.
             train_loader.dataset.start_epoch(epoch)
             rates = common.learning_rates(options, len(train_loader), epoch)
-            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, options.label_smoothing)
+            steps = train_epoch(accelerator, model, optimizer, train_loader, rates, common.LABEL_SMOOTHING)
             val_logits = common.predict(accelerator, model, loaders["val"])
             # A dict of loss, accuracy and macro-F1; the loss is computed from logarithms of probabilities.
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])
@@ -221,37 +214,40 @@ class Backbone(nn.Module):
     """The frozen ViT: images float32 [B, 1 or 3, S, S], values 0 to 1 -> features float16 [B, values].
 
     The features of several `choices` stand side by side, so that one pass gives them all; `lengths` are their numbers
-    of values. Raises UserError for a block that the ViT does not have."""
+    of values. Raises UserError for a choice that the ViT does not have."""
 
     def __init__(self, vit, choices, precision):
         super().__init__()
-        from timm.data import resolve_model_data_config
-
         self.vit, self.choices = vit, choices
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.bf16 = precision == "bf16"
         for block in vit.blocks:
             # In bf16 on a CPU, attention written as two matrix products is faster than PyTorch's fused one.
-            block.attn.fused_attn = torch.cuda.is_available() or precision != "bf16"
+            block.attn.fused_attn = torch.cuda.is_available() or not self.bf16
         # Images are normalised as those were with which the weights were trained.
-        config = resolve_model_data_config(vit)
+        config = vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
         self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
-        self.last = len(vit.blocks) - 1
-        # The class token; two vectors; or the class token and a vector for each of 3 x 3 fields of the image.
-        self.lengths = [vit.embed_dim * {"class": 1, "last": 2}.get(choice, 1 + 9) for choice in choices]
-        self.blocks = [int(choice[4:]) if "grid" in choice else self.last for choice in choices]
-        if max(self.blocks) > self.last:
-            raise UserError(f"--features: {BACKBONE} has blocks 0 to {self.last}: give grid0 to grid{self.last}")
+        # Features are the class token of the last block, and the mean patch token of each field of a grid over the
+        # image. Of each choice: the block of the patch tokens, and how many fields the grid has a side. "class" has no
+        # grid; "last" has one field, the whole image, as in DINOv2's linear evaluation; the others have 3 x 3 fields.
+        last = len(vit.blocks) - 1
+        grids = {"class": (last, 0), "last": (last, 1)}
+        grids |= {f"grid{block}": (block, 3) for block in range(last + 1)}
+        if not set(choices) <= grids.keys():
+            raise UserError(f"--features: {BACKBONE} has {', '.join(grids)}: give some of these")
+        self.grids = [grids[choice] for choice in choices]
+        self.lengths = [vit.embed_dim * (1 + side**2) for _, side in self.grids]
+        # The blocks whose tokens are wanted; the last one always, for its class token.
+        self.blocks = sorted({last, *(block for block, _ in self.grids)})
 
     @torch.no_grad()
     def forward(self, images):
         # mean and std have three channels, so that a grey image's one channel is copied to three.
         images = (images - self.mean) / self.std
-        wanted = sorted({self.last, *self.blocks})  # the last one always, for its class token
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = self.vit.forward_intermediates(
                 images,
-                indices=wanted,
+                indices=self.blocks,
                 norm=True,  # the ViT's last layer norm also behind an earlier block, whose values else differ in size
                 output_fmt="NLC",  # [images, tokens, values]
                 return_prefix_tokens=True,
@@ -259,19 +255,16 @@ class Backbone(nn.Module):
             )
         # Of each wanted block its patch tokens [B, patches, width] and its prefix tokens, of which the first is the
         # class token.
-        patches = {block: output[0].float() for block, output in zip(wanted, outputs)}
         class_token = outputs[-1][1][:, 0].float()  # of the last block
         features = []
-        for choice, block in zip(self.choices, self.blocks):
+        for block, side in self.grids:
             features.append(class_token)
-            if choice == "last":
-                # With the mean of the last patch tokens, as in DINOv2's linear evaluation.
-                features.append(patches[block].mean(1))
-            elif choice != "class":
-                # The patch tokens in their places, as a picture of 14 x 14 with 192 channels, averaged over 3 x 3
-                # fields: so it is kept, roughly, where in the image something is; one mean would lose that.
-                picture = patches[block].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
-                features.append(F.adaptive_avg_pool2d(picture, 3).flatten(1))
+            if side:
+                # The patch tokens in their places, as a picture of 14 x 14 with 192 channels, averaged over the fields
+                # of the grid. With 3 x 3 it is kept, roughly, where in the image something is; one mean loses that.
+                patches = outputs[self.blocks.index(block)][0].float()
+                picture = patches.transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
+                features.append(F.adaptive_avg_pool2d(picture, side).flatten(1))
         return torch.cat(features, 1).half()
 
 
@@ -283,46 +276,40 @@ def find_weights(named):
         if not Path(named).is_file():
             raise UserError(f"{named}: no such file: give --weights the file of {BACKBONE}'s weights")
         return Path(named)
-    import urllib.error
-    import urllib.request
 
     import timm
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
-    where = timm.get_pretrained_cfg(BACKBONE).hf_hub_id, "model.safetensors"
-    cached = try_to_load_from_cache(*where)  # a path, or what says that there is none
+    repo, name = timm.get_pretrained_cfg(BACKBONE).hf_hub_id, "model.safetensors"
+    cached = try_to_load_from_cache(repo, name)  # a path, or what says that there is none
     if isinstance(cached, str):
         return Path(cached)
-    print(f"fetching {where[0]} from the Hugging Face hub", flush=True)
+    print(f"fetching {repo} from the Hugging Face hub", flush=True)
     try:
-        with contextlib.suppress(urllib.error.HTTPError):  # the hub's own client tries for a minute
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5)
-        return Path(hf_hub_download(*where))
+        # First a small question, to learn soon whether the hub answers: the download would try for a minute.
+        HfApi().model_info(repo, timeout=5)
+        return Path(hf_hub_download(repo, name))
     except Exception as error:  # the client's errors have no common base
-        why = common.brief(error)
-        raise UserError(f"{where[0]}: not to be had from the hub ({why}): give --weights FILE") from None
+        raise UserError(f"{repo}: not to be had from the hub ({common.brief(error)}): give --weights FILE") from None
 
 
 def choose_backbone(accelerator, args):
     """Return the backbone's file (None: random weights), and what a run records of it.
 
     Where the weights are not to be had, recorded features stand in. Raises UserError where these do not do either."""
-    record = {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     if args.no_pretrained:
-        return None, record
-    named = args.weights or os.environ.get(VARIABLE)
+        return None, {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     with accelerator.local_main_process_first():
         try:
-            file = find_weights(named)
+            file = find_weights(args.weights)
         except UserError as error:
-            if named or not RECORDED.exists():
+            # Recorded are class and grid6 of ViT-Tiny, of plain images at 224 px.
+            recorded = NAME == "vit_tiny" and args.image_size == 224 and set(args.features) <= {"class", "grid6"}
+            if args.weights or args.views or not recorded or not RECORDED.exists():
                 raise
-            of_default = args.image_size == 224 and not args.views and set(args.features) <= {"class", "grid6"}
-            if not of_default or NAME != "vit_tiny":
-                raise UserError(f"{error} ({RECORDED.name} has class and grid6 of 224 px only)") from None
             accelerator.print(f"{error}\nusing the recorded features of the default images, {RECORDED.name}")
             return RECORDED, common.load_tensors(RECORDED)[1]["backbone"] | {"weights": "recorded"}
-    return file, record | {"weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
+    return file, {"name": BACKBONE, "weights": "pretrained", "sha256": common.sha256(file.read_bytes())}
 
 
 def load_vit(file, image_size):
@@ -335,75 +322,74 @@ def load_vit(file, image_size):
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # older timm lets a pickle run code
     torch.manual_seed(common.key_seed("backbone"))
-    overlay = {"file": str(file), "custom_load": False} if file else None  # not Google's own file format
+    # Where timm finds the weights, if it is to load any. With custom_load it would expect Google's own file format.
+    where = {"file": str(file), "custom_load": False}
     try:
-        vit = timm.create_model(
-            BACKBONE, pretrained=file is not None, img_size=image_size, pretrained_cfg_overlay=overlay
-        )
+        vit = timm.create_model(BACKBONE, pretrained=bool(file), img_size=image_size, pretrained_cfg_overlay=where)
     except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
-        why = common.brief(error)
-        raise UserError(f"{file}: not weights of {BACKBONE} ({why}): give --weights the right file") from None
+        raise UserError(f"{file}: not weights of {BACKBONE} ({common.brief(error)}): give another --weights") from None
     if image_size % vit.patch_embed.patch_size[0]:
         raise UserError(f"--image-size {image_size}: give a multiple of {vit.patch_embed.patch_size[0]}")
     vit.reset_classifier(0)  # without its head
     return vit.eval().requires_grad_(False)
 
 
-def extract(options, data, split, view, backbone, record, accelerator):
-    """Return the features of a split as a list of parts, each two dicts: choice -> float16 [n, values], and -> seconds.
+def extract(images, view, backbone, record, accelerator):
+    """Return the features of a common.ImageDataset, a dict choice -> float16 [N, values], and the seconds they took.
 
-    `view`: None for the plain images, else the number of an augmentation; `backbone`: a Backbone, which gives all of
-    its choices in one pass. What is finished is kept under features/, a file for each PART of the images."""
+    `view`: the number of an augmentation, 0 for plain images; `backbone`: a Backbone, which gives all of its choices
+    in one pass. What is finished is kept under features/, a file for each PART of the images."""
     import timm
 
-    # View k has the crops and flips that a training on images would draw in epoch k.
-    crops = {} if view is None else {key: getattr(options, key) for key in ("crop_scale", "no_flip", "seed")}
-    pixels = data.pixels[split].to(accelerator.device)
-    labels = data.labels[split].to(accelerator.device)
-    images = common.ImageDataset(pixels, labels, options.image_size, **crops)
-    images.start_epoch(view or 0)
+    # View k has the crops and flips that a training on images would draw in epoch k (plain images have none).
+    images.start_epoch(view)
     # All that the features depend on, the text of Backbone too. The crops of all images are drawn together, so they
     # depend on an image's number and on how many there are.
-    key = [record, options.image_size, str(backbone.dtype), pixels.device.type, inspect.getsource(Backbone)]
-    key += [torch.__version__, timm.__version__, crops, common.CROP_RATIO, view, len(images)]
+    pixels = images.pixels
+    key = [record, inspect.getsource(Backbone), backbone.bf16, pixels.device.type, torch.__version__, timm.__version__]
+    key += [images.size, images.crop_scale, images.no_flip, images.seed, common.CROP_RATIO, view, PART, pixels.shape]
+    key += [common.sha256(pixels.cpu().flatten().numpy())]
+    digest = common.sha256(json.dumps(key).encode())[:24]
     # On a CPU small batches are faster.
     batch_size = 256 if pixels.device.type == "cuda" else 16
-    parts = []
-    for start in common.progress(range(0, len(images), PART), f"features of {split}", accelerator):
-        content = common.sha256(pixels[start : start + PART].cpu().numpy().tobytes())
-        digest = common.sha256(json.dumps([*key, start, content]).encode())
-        file = CACHE / f"{digest[:24]}.safetensors"
-        features, seconds = {}, {}
+    parts, seconds = [], 0.0
+    numbers = torch.arange(len(images)).split(PART)  # of the images, part by part
+    for part in common.progress(numbers, f"features of {len(images):,} images", accelerator):
+        file = CACHE / f"{digest}-{part[0]}.safetensors"
+        features = {}
         with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or not there: computed again
-            features, seconds = common.load_tensors(file)
-        if not features.keys() >= set(backbone.choices):
+            features, meta = common.load_tensors(file)
+        if not set(backbone.choices) <= features.keys():
             began = time.perf_counter()
-            part = Subset(images, range(start, min(start + PART, len(images))))
-            loader = common.evaluation_loader(accelerator, part, batch_size)
+            loader = common.evaluation_loader(accelerator, Subset(images, part.tolist()), batch_size)
             output = common.predict(accelerator, backbone, loader).half()
+            # What else the file had is kept. A pass takes about the same time whatever is chosen, so the time of the
+            # latest one stands for all.
             features |= zip(backbone.choices, output.split(backbone.lengths, 1))
-            # One pass makes them all, so each is said to have taken the whole time.
-            seconds |= dict.fromkeys(backbone.choices, time.perf_counter() - began)
+            meta = {"seconds": time.perf_counter() - began}
             if accelerator.is_main_process:
                 CACHE.mkdir(exist_ok=True)
-                common.save_tensors(file, features, seconds)
-        parts.append((features, seconds))
-    return parts
+                common.save_tensors(file, features, meta)
+        parts.append(features)
+        seconds += meta["seconds"]
+    return {choice: torch.cat([of_part[choice] for of_part in parts]) for choice in backbone.choices}, seconds
 
 
 def extract_all(options, data, backbone, record, accelerator):
     """Return of each choice the features as `prepare` takes them, and the seconds they took, those of test/ aside."""
-    features, seconds = {choice: {} for choice in backbone.choices}, Counter()
-    for split in data.pixels:
-        # None: the plain images.
-        views = range(options.views) if options.views and split == "train" else [None]
-        for view in views:
-            parts = extract(options, data, split, view, backbone, record, accelerator)
-            for choice in backbone.choices:
-                values = torch.cat([of_part[choice] for of_part, _ in parts])
+    features, seconds = {choice: {} for choice in backbone.choices}, 0.0
+    for split, pixels in data.pixels.items():
+        views, crops = 1, []  # the plain images, once
+        if options.views and split == "train":
+            views, crops = options.views, [options.crop_scale, options.no_flip, options.seed]
+        labels = data.labels[split].to(accelerator.device)
+        images = common.ImageDataset(pixels.to(accelerator.device), labels, options.image_size, *crops)
+        for view in range(views):
+            of_view, took = extract(images, view, backbone, record, accelerator)
+            for choice, values in of_view.items():
                 features[choice].setdefault(split, []).append(values)
-                if split != "test":
-                    seconds[choice] += sum(of_part[choice] for _, of_part in parts)
+            if split != "test":
+                seconds += took
     return features, seconds
 
 
@@ -412,21 +398,17 @@ def recorded_features(data, choices):
 
     A byte holds two values of 4 bits, with a scale and an offset for each value. Raises UserError for other images."""
     tensors, meta = common.load_tensors(RECORDED)
+    if not data.description["sha256"].items() <= meta["images"].items():
+        raise UserError(f"{RECORDED.name}: of the default images only, and no weights could be fetched: give --weights")
+    lengths = {"class": 192, "grid6": 1920}  # grid6 begins with the class token
     features = {choice: {} for choice in choices}
     for split in data.pixels:
-        if meta["images"].get(split) != data.description["sha256"][split]:
-            raise UserError(
-                f"{RECORDED.name}: has the features of the default images only, and the weights could not be "
-                "fetched: give --weights FILE (or set VIT_TINY_WEIGHTS)"
-            )
         pairs = tensors[split]
         integers = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1)
         values = (integers * tensors["scale"] + tensors["offset"]).half()
         for choice in choices:
-            # The class token stands first, a tenth of all: the grid has nine vectors more.
-            length = values.shape[1] // (10 if choice == "class" else 1)
-            features[choice][split] = [values[:, :length]]
-    return features, Counter()
+            features[choice][split] = [values[:, : lengths[choice]]]
+    return features, 0.0
 
 
 def load_classifier(run, weights=None):
@@ -443,17 +425,10 @@ def load_classifier(run, weights=None):
     file = None if record["weights"] == "random" else find_weights(weights or os.environ.get(VARIABLE))
     if file and common.sha256(file.read_bytes()) != record["sha256"]:
         raise UserError(f"{file}: not the weights that {run} was trained with: give those")
-    vit = load_vit(file, config["data"]["image_size"])
+    vit = load_vit(file, config["image_size"])
     backbone = Backbone(vit, [config["features"]], config["environments"][-1]["precision"])
     model = LinearProbe(*backbone.lengths, len(config["data"]["classes"]))
     return common.make_classifier(run, config, model, backbone)
-
-
-def feature_name(text):
-    """Return `text` if it names features; else argparse says that it does not."""
-    if not re.fullmatch(r"class|last|grid\d+", text):
-        raise argparse.ArgumentTypeError(f"{text}: give class, last, or grid and the number of a block")
-    return text
 
 
 def make_parser():
@@ -462,16 +437,14 @@ def make_parser():
     add = parser.add_argument
     add(
         "--features",
-        type=feature_name,
         nargs="+",
         default=["class"],
         metavar="NAME",
         help="what the linear layer sees, a run each: class (the last class token), last (with the mean of the "
         "last patch tokens), grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid) (class)",
     )
-    count = common.number(int, 0, 1000)
-    add("--views", type=count, default=0, help="augmented views of each image, an epoch each; 0: plain (0)")
-    add("--weights", help=f"file of {BACKBONE}'s weights (safetensors, or a checkpoint of timm's)")
+    add("--views", type=common.number(int, 0), default=0, help="augmented views of images, an epoch each; 0: plain (0)")
+    add("--weights", default=os.environ.get(VARIABLE), help=f"file of {BACKBONE}'s weights (.safetensors or .pth)")
     add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
     return parser
 
@@ -502,27 +475,29 @@ def main():
     if not args.sanity_check:
         common.check_folders(accelerator, settings)
     data = common.open_data(accelerator, args)
-    choices = list(dict.fromkeys(args.features))
     features = None
     if record["weights"] == "recorded":
-        features, seconds = recorded_features(data, choices)
+        features, seconds = recorded_features(data, args.features)
     else:
         vit = load_vit(file, args.image_size)
-        backbone = Backbone(vit, choices, accelerator.mixed_precision).to(accelerator.device)
+        backbone = Backbone(vit, args.features, accelerator.mixed_precision).to(accelerator.device)
         record["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
         record |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
     exit_code = 0
+    if args.sanity_check:  # of each model once, in the first of its settings
+        settings = {options.model: options for options in reversed(settings)}.values()
     for options in settings:
         # Plain features serve all runs; the crops of views depend on the run's seed.
         if features is None or args.views:
             features, seconds = extract_all(options, data, backbone, record, accelerator)
         choice = options.features
         # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
-        about = {"features": choice, "backbone": record, "seconds": round(seconds[choice], 3)}
-        if args.sanity_check:  # of the first of the settings
-            return sanity_check(options, data, features[choice], about, accelerator)
+        about = {"features": choice, "backbone": record, "seconds": round(seconds, 3)}
         try:
-            train(options, data, features[choice], about, accelerator)
+            if args.sanity_check:
+                exit_code = max(exit_code, sanity_check(options, data, features[choice], about, accelerator))
+            else:
+                train(options, data, features[choice], about, accelerator)
         except UserError as error:  # of this run: the others are trained all the same
             exit_code = common.complain(error)  # prints it, and is 2
         # Accelerate keeps all that it prepared: without this line the memory of each run stays taken.

@@ -34,6 +34,11 @@ def call_main(monkeypatch, capsys):
     return call
 
 
+def generator(*key):
+    """Return a torch.Generator that is a function of `key`."""
+    return torch.Generator().manual_seed(common.key_seed(*key))
+
+
 def metrics(run):
     """Return the lines of a run's metrics.jsonl, as dicts."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

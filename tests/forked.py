@@ -84,7 +84,6 @@ def at_place(act):
     Path.write_bytes = write_bytes
     original_write, RecordWriter.write = RecordWriter.write, write_record
     around(os, "replace", lambda args: Path(args[1]).name)
-    around(os, "truncate", lambda args: "cutting off events")
     around(os, "unlink", lambda args: "removing a file")
     register_optimizer_step_post_hook(lambda *args: act("after a step"))
 

@@ -12,6 +12,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+from conftest import generator
 from forked import ROOT
 from PIL import Image, ImageOps
 from scipy.ndimage import map_coordinates
@@ -31,7 +32,7 @@ def test_seeds_are_the_same_in_every_process_and_differ_between_keys():
 def test_crops_are_distributed_as_torchvisions():
     """Torchvision accepts its first draw below this area; above, it would draw again."""
     n, side, scale, ratio = 8000, 28, 0.3, common.CROP_RATIO
-    ours = common.random_resized_crop(n, side, scale, common.generator("crops")).numpy()
+    ours = common.random_resized_crop(n, side, scale, generator("crops")).numpy()
     torch.manual_seed(0)
     image = torch.empty(1, side, side)
     theirs = np.array([RandomResizedCrop.get_params(image, (scale, 1), (1 / ratio, ratio)) for _ in range(n)])
@@ -48,7 +49,7 @@ def test_crops_are_distributed_as_torchvisions():
 def test_crops_are_uniform_in_area_aspect_ratio_and_place(scale):
     """One draw always fits, so the area's law is exact; on a large image, rounding to pixels does not matter."""
     n, side = 8000, 10**7
-    gen = common.generator("uniform")
+    gen = generator("uniform")
     boxes = common.random_resized_crop(n, side, scale, gen)
     flips = common.random_horizontal_flip(n, 0.5, gen)
     top, left, height, width = boxes.double().numpy().T
@@ -65,7 +66,7 @@ def test_crops_are_uniform_in_area_aspect_ratio_and_place(scale):
 
 @pytest.mark.parametrize("side, scale", [(28, 0.01), (28, 0.9), (8, 0.5), (1, 0.5), (1000, 0.99), (5, 1.0)])
 def test_crops_lie_inside_the_image_and_reach_its_edges(side, scale):
-    start, length = common.random_resized_crop(3000, side, scale, common.generator(side)).split(2, 1)
+    start, length = common.random_resized_crop(3000, side, scale, generator(side)).split(2, 1)
     assert (start.min(), (start + length).max()) == (0, side) and (length >= 1).all()
     assert scale < 1 or (length == side).all()
 
@@ -73,9 +74,9 @@ def test_crops_lie_inside_the_image_and_reach_its_edges(side, scale):
 @pytest.mark.parametrize("side, channels", [(28, 1), (9, 3)])
 def test_crop_and_flip_gives_torchvisions_pixels(side, channels):
     """And beyond the box's outermost centres, where torchvision repeats the box's edge, the image's own (SciPy)."""
-    images = torch.rand(60, channels, side, side, generator=common.generator("images"))
-    boxes = common.random_resized_crop(60, side, 0.1, common.generator("boxes"))
-    flips = common.random_horizontal_flip(60, 0.5, common.generator("flips"))
+    images = torch.rand(60, channels, side, side, generator=generator("images"))
+    boxes = common.random_resized_crop(60, side, 0.1, generator("boxes"))
+    flips = common.random_horizontal_flip(60, 0.5, generator("flips"))
     result = common.crop_and_flip(images, common.crop_matrices(boxes, flips, side))
     for image, box, flip, ours in zip(images, boxes, flips, result):
         ours = v2.functional.horizontal_flip(ours) if flip else ours
@@ -90,7 +91,7 @@ def test_crop_and_flip_gives_torchvisions_pixels(side, channels):
 
 @pytest.mark.parametrize("side, size", [(28, 224), (28, 28), (40, 17), (7, 32)])
 def test_resize_is_pillows_bicubic(side, size):
-    images = torch.rand(3, 2, side, side, generator=common.generator(side))
+    images = torch.rand(3, 2, side, side, generator=generator(side))
     ours = common.resize(images, size)
     for image, resized in zip(images.flatten(0, 1), ours.flatten(0, 1)):
         theirs = Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BICUBIC)
@@ -98,7 +99,7 @@ def test_resize_is_pillows_bicubic(side, size):
 
 
 def augmented(index, epoch, crop_scale=0.5, no_flip=False, seed=0):
-    pixels = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=common.generator("pixels"))
+    pixels = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=generator("pixels"))
     images = common.ImageDataset(pixels, torch.arange(50), 28, crop_scale, no_flip, seed)
     images.start_epoch(7)  # what came before does not matter
     images.__getitems__([2, 1])
@@ -114,7 +115,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
     every, state = range(50), torch.get_rng_state()
     expected = augmented(every, 2)
     assert expected.dtype == torch.float32 and expected.min() >= 0 and 0.9 < expected.max() <= 1
-    for batch in torch.randperm(50, generator=common.generator(1)).split(7):
+    for batch in torch.randperm(50, generator=generator(1)).split(7):
         assert torch.equal(augmented(batch.tolist(), 2), expected[batch])
     for other in augmented(every, 3), augmented(every, 2, seed=1):
         assert (other != expected).flatten(1).any(1).sum() > 45
@@ -145,8 +146,8 @@ def test_batches_give_each_image_at_most_once_in_an_order_of_seed_and_epoch():
 
 @pytest.mark.parametrize("labels, predicted", [(6, 6), (3, 6), (6, 3), (1, 1), (2, 5)])
 def test_scores_are_scikit_learns_also_where_classes_are_absent(labels, predicted):
-    y = torch.randint(labels, (200,), generator=common.generator(labels))
-    logits = torch.randn(200, 6, generator=common.generator(predicted))
+    y = torch.randint(labels, (200,), generator=generator(labels))
+    logits = torch.randn(200, 6, generator=generator(predicted))
     logits[:, predicted:] -= 15
     best, loss = logits.argmax(1), log_loss(y, logits.double().softmax(1), labels=range(6))
     expected = {"loss": loss, "accuracy": accuracy_score(y, best), "macro_f1": f1_score(y, best, average="macro")}
@@ -215,7 +216,7 @@ def test_training_images_decide_the_size(root, sizes, image_size, side, size):
     for image, path in zip(images, sorted((root / "train").rglob("*.png"))):
         image.save(path)
     data = common.load_data(str(root), image_size)
-    assert data.image_size == data.description["image_size"] == size and data.description["side"] == side
+    assert data.image_size == size and data.description["side"] == side
     for image, pixels in zip(images, data.pixels["train"]):
         assert (pixels[0].numpy() == fitted(image, side)).all()
     assert data.pixels["test"].shape == (6, 1, side, side)
@@ -232,7 +233,8 @@ def test_training_images_decide_the_channels(root):
     assert pixels["test"].shape == (6, 3, 28, 28) and pixels["test"][0, :, 5, 5].tolist() == [200, 30, 90]
     assert torch.equal(pixels["train"][:8], grey["train"][:8].expand(-1, 3, -1, -1))
     Image.merge("RGB", [noise(28), *red.split()[1:]]).save(root / "train" / "class2" / "001.png")
-    assert common.load_data(str(root)).description["single_colour"] == 1  # not that with two flat channels
+    notes = common.load_data(str(root)).description["notes"]
+    assert notes[2].startswith("1 train images have a single colour")  # not that with two flat channels
 
 
 def test_images_are_sorted_by_their_names_and_each_real_folder_comes_once(tmp_path):
@@ -296,11 +298,11 @@ def test_hidden_and_system_files_are_no_images_and_others_are_said(root, capsys)
         (root / name).write_text("x")
     data = common.open_data(common.make_accelerator("no"), Namespace(data_dir=str(root), image_size=None, batch_size=4))
     assert len(data.classes) == 3 and torch.equal(data.pixels["train"], before)
-    about = data.description
-    assert (about["skipped"], about["single_colour"]) == ({".jpg": 1, ".txt": 1, ".xyz": 1}, 3)
-    assert about["repeated"] == {"train": 0, "val": 1, "test": 2}
+    notes = data.description["notes"]
     said = capsys.readouterr().out
-    assert all(part in said for part in ("9 train, 7 val, 8 test", "28x28", ".jpg", ".txt", ".xyz"))
+    assert all(note in said for note in notes) and "9 train, 7 val, 8 test" in said and "28x28" in notes[0]
+    assert [note[:6] for note in notes[1:4]] == ["1 of 7", "2 of 8", "3 trai"]  # in two splits; of a single colour
+    assert len(notes) == 5 and all(part in notes[4] for part in ("1 .jpg", "1 .txt", "1 .xyz"))
 
 
 def test_the_datas_hash_is_of_pixels_and_labels(root):

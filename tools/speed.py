@@ -7,7 +7,6 @@ Starts the scripts as commands and calls their functions. Reads the data folder 
 Writes results/speed.md anew after each table; runs and caches go to a temporary folder.
 """
 
-import argparse
 import collections
 import itertools
 import os
@@ -94,7 +93,7 @@ def epoch_table(args):
     """
     accelerator = common.make_accelerator()
     (_, options, model, optimizer, loader), *_ = prepare("cnn", args, accelerator)
-    rates, smoothing, epochs = [options.lr] * len(loader), options.label_smoothing, itertools.count()
+    rates, smoothing, epochs = [options.lr] * len(loader), common.LABEL_SMOOTHING, itertools.count()
     loader.dataset.start_epoch(0)
     fixed = [next(iter(loader))] * len(loader)
     loader.end()
@@ -175,15 +174,14 @@ def copy_runs(template, folder, number):
         if models[model] != "pixels":
             changed |= {"backbone": vit, "features": models[model], "views": 0, "image_size": 224}
             counts = {"parameters": vit["parameters"] + 1158, "trained": 1158}
-            config |= changed | counts | {"data": original["data"] | {"image_size": 224}}
-        config["options"] = original["options"] | changed
-        config["identity"] = original["identity"] | changed
+            changed |= counts
+        config |= changed
         config["command"] = f"python {'train_vit_probe' if 'ViT' in model else 'train_cnn'}.py --lr {lr} --seed {seed}"
-        path = folder / common.run_folder(argparse.Namespace(**config))
+        path = folder / common.run_folder(config)
         path.mkdir(parents=True)
         common.write_json(path / "config.json", config)
         shutil.copy(template / "metrics.jsonl", path)
-        gen = common.generator(lr, schedule, seed, model)
+        gen = torch.Generator().manual_seed(common.key_seed(lr, schedule, seed, model))
         noisy = dict(tensors)
         for key in ("val.log_probs", "test.log_probs"):
             noise = torch.randn(tensors[key].shape, generator=gen)
