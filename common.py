@@ -165,8 +165,7 @@ def image_files(folder):
     images, others = [], []
     for here, names in walk(folder):
         for path in (here / name for name in names):
-            is_readable = formats.get(path.suffix.lower()) in Image.OPEN
-            (images if is_readable else others).append(path)
+            (images if formats.get(path.suffix.lower()) in Image.OPEN else others).append(path)
     # As text, because Path itself sorts otherwise on Windows than elsewhere.
     return sorted(images, key=Path.as_posix), others
 
@@ -184,15 +183,16 @@ def is_deep(image):
 def decode(file):
     """Read an image upright, as a PIL image of mode "L" or "RGB"; transparent pixels are laid on white.
 
-    It is "L" where all its pixels are grey, however they are stored, so that equal pictures are equal. `file`: a path,
-    a PIL image, or pixels uint8 [H, W] or [H, W, 3]. Raises ValueError for damaged files, and for 16-bit
-    and float images, whose values Pillow would cut off silently."""
+    It is "L" where all its pixels are grey, however they are stored, so that equal pictures are equal. `file`: a path
+    or a PIL image. Raises ValueError for damaged files, and for 16-bit and float images, whose values Pillow would cut
+    off silently."""
     try:
-        image = Image.fromarray(file) if isinstance(file, np.ndarray) else file
-        if not isinstance(image, Image.Image):
-            if not isinstance(file, str | Path):
-                raise ValueError("is no image")
+        if isinstance(file, str | Path):
             image = Image.open(file)
+        elif isinstance(file, Image.Image):
+            image = file
+        else:
+            raise ValueError("is no image")
         if is_deep(image):
             raise ValueError("more than 8 bits a channel, or JPEG 2000: convert it to 8-bit grey or RGB")
         image.load()
@@ -522,8 +522,9 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line, and whose options are not abbreviated."""
 
     def __init__(self, description):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -623,6 +624,7 @@ def environment(accelerator):
 # --------------------------------------------------------------------------------------------------- files
 def atomic_write(path, data):
     """Write str or bytes under a temporary name first, so that readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
@@ -679,15 +681,17 @@ ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sa
 ASIDE |= {"command", "parameters", "trained", "feature_seconds", "data", "environments"}
 
 
-def model_name(options, parser, base):
-    """Return the name of a run's model: --name, else `base`, the data folder and options that are not at default."""
+def model_name(options, parser, base, said=()):
+    """Return the name of a run's model: --name, else `base`, the data folder and options that are not at default.
+
+    `said`: the options that `base` tells of."""
     if options.name is not None:
         if not re.fullmatch(r"\w[\w.=,+ -]*", options.name):
             raise UserError(f"--name {options.name}: give letters, digits and .=,+- (a folder in {RUNS_DIR}/)")
         return options.name
     folder = Path(os.path.abspath(options.data_dir)).name  # as it was typed: links are not followed
     parts = [base] if folder == DATA_DIR else [base, folder]
-    for key in sorted(vars(options).keys() - ASIDE):
+    for key in sorted(vars(options).keys() - ASIDE - {*said}):
         value = getattr(options, key)
         if value != parser.get_default(key):
             text = str(value).strip("[]").replace(", ", "-")  # a list: 32-64-128
@@ -776,9 +780,8 @@ def end_sanity_check(accelerator, config, model, batches):
         f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
     )
     if accelerator.is_main_process:
-        folder = RUNS_DIR / config["model"]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sanity-check.json", config | result | {"passed": passed, "images": len(labels)})
+        file = RUNS_DIR / config["model"] / "sanity-check.json"
+        write_json(file, config | result | {"passed": passed, "images": len(labels)})
     accelerator.wait_for_everyone()  # the others may still exchange data with this process
     return int(not passed)
 
@@ -826,16 +829,6 @@ def lock_folder(path):
     return file
 
 
-def print_epoch(line, epochs, which=""):
-    """Print a line of metrics.jsonl, of so many `epochs`, for people."""
-    print(
-        f"{which}epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy "
-        f"{line['train_accuracy']:.2%}  val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} "
-        f"macro-F1 {line['val_macro_f1']:.4f}  {line['seconds']:.2f} s",
-        flush=True,
-    )
-
-
 class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
@@ -850,7 +843,7 @@ class Run:
         self.path = run_folder(config)
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.objects = {"model": self.model, "optimizer": optimizer, **others}
-        self.history, self.best = [], None
+        self.history, self.best, self.step = [], None, 0  # the step of the last epoch that is saved
         self.predictions = self.path / "predictions.safetensors"
         self.ended = self.predictions.exists()
         self.lock = self.writer = None
@@ -876,8 +869,6 @@ class Run:
     def read(self):
         """Load all states, the history and the best weights."""
         file = self.path / "checkpoint.pt"
-        if self.ended and not file.exists() and not self.is_complete():
-            raise UserError(f"{self.path}: has predictions of other images, and no checkpoint: give --name")
         if file.exists():
             try:
                 # On the CPU first; no code in the file is run.
@@ -890,10 +881,7 @@ class Run:
             except Exception as error:  # of the model, the optimiser, a scheduler: many kinds
                 raise UserError(f"{file}: of other objects ({brief(error)}): give --name") from None
             self.history, self.best = checkpoint["history"], checkpoint["best"]
-
-    def steps(self):
-        """Return the number of steps that have been trained and saved."""
-        return self.history[-1]["step"] if self.history else 0
+            self.step = self.history[-1]["step"]
 
     def is_complete(self):
         """Return whether the predictions are there, of today's images."""
@@ -905,10 +893,10 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a start that was killed has logged of steps from this one on, TensorBoard does not show.
-            self.writer = SummaryWriter(self.path, purge_step=self.steps() + 1)
+            self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
         for file in self.path.glob(".*.tmp"):  # see atomic_write
             file.unlink()
-        if self.history:
+        if is_started(self.path):
             earlier = read_json(self.path / "config.json")
             self.config["environments"] = earlier["environments"] + self.config["environments"]
         write_json(self.path / "config.json", self.config)
@@ -930,9 +918,10 @@ class Run:
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
         epoch = len(self.history) + 1  # files and messages count from 1
+        self.step += len(steps)
         line = {
             "epoch": epoch,
-            "step": self.steps() + len(steps),
+            "step": self.step,
             "lr": rates[-1],
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),
@@ -941,14 +930,20 @@ class Run:
         }
         if not math.isfinite(line["train_loss"] + line["val_loss"]):
             raise UserError(f"{self.path}: the loss is no longer a number in epoch {epoch}: give a smaller --lr")
-        # clone: on a CPU .cpu() copies nothing, and the next step would change the best weights.
-        if not self.history or rank_key(line) > max(map(rank_key, self.history)):
+        is_best = not self.history or rank_key(line) > max(map(rank_key, self.history))
+        if is_best:
+            # clone: on a CPU .cpu() copies nothing, and the next step would change the best weights.
             self.best = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
         self.history.append(line)
         if self.accelerator.is_main_process:
             log_epoch(self.writer, line, rates, losses.tolist(), self.model)
             self.save()
-            print_epoch(line, self.config["epochs"])
+            print(
+                f"epoch {epoch}/{self.config['epochs']}  train loss {line['train_loss']:.4f} accuracy "
+                f"{line['train_accuracy']:.2%}  val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.2%} "
+                f"macro-F1 {line['val_macro_f1']:.4f}  {line['seconds']:.2f} s{'  (best so far)' * is_best}",
+                flush=True,
+            )
 
     def save(self):
         """Write the files of an epoch, checkpoint.pt last: if a kill comes before it, the epoch is trained again."""
@@ -969,7 +964,9 @@ class Run:
         if self.is_complete():
             self.accelerator.print(f"{self.path}: already complete")
             return False
-        self.model.load_state_dict(self.best)
+        # From the file, as the checkpoint of a run that has ended may be deleted.
+        self.accelerator.wait_for_everyone()  # until it is written
+        self.model.load_state_dict(load_tensors(self.path / "model.safetensors")[0])
         return True
 
     def finish(self, logits, labels):
@@ -980,8 +977,6 @@ class Run:
             tensors[f"{split}.labels"] = labels[split]
         if self.accelerator.is_main_process:
             save_tensors(self.predictions, tensors, self.config["data"]["sha256"])
-            best = max(self.history, key=rank_key)
-            print_epoch(best, self.config["epochs"], "best ")
             print(f"run folder {self.path}; compare all runs with: python evaluate.py", flush=True)
 
 
@@ -1002,8 +997,8 @@ def make_classifier(run, config, model, backbone=None):
     def classify(images, batch_size=64):
         """Return for each image a dict class name -> probability, the most probable first.
 
-        `images`: a folder (its images in the order of their paths, as text), or one or several file names, PIL images
-        or arrays (uint8 [H, W] or [H, W, 3]). Raises UserError for what is none of these, and for no images."""
+        `images`: a folder (its images in the order of their paths, as text), or one or several file names or PIL
+        images. Raises UserError for what is none of these, and for no images."""
         if isinstance(images, str | Path) and Path(images).is_dir():
             images, _ = image_files(images)
         elif not isinstance(images, list | tuple):

@@ -180,10 +180,10 @@ def best_settings(frame):
         best.append(chosen.assign(seeds=most, tried=len(equal), validation=equal.max()))
         top = validation.idxmax()
         if seeds[top] < most:
-            lines.append(
-                f"{chosen.title.iloc[0]}: {top[0]} {top[1]:g} is better by validation ({validation.max():.2%}) than "
-                f"what is reported ({equal.max():.2%}), but has {seeds[top]} of {most} seeds: train the others"
+            words = (
+                f"{top[0]} {top[1]:g} is better by validation, but has {seeds[top]} of {most} seeds: train the others"
             )
+            lines.append(f"{chosen.title.iloc[0]}: {words}")
     return pd.concat(best), lines
 
 
@@ -215,14 +215,14 @@ def select(best):
     """Return the runs that are compared, of the `best_settings`: those of `list_models`.
 
     At the fewest and the most epochs that CNN and probe share; where there is none, or only CNNs or only probes, at
-    the fewest and the most. Adds `place` and `remark`, the model's, and `color`."""
+    the fewest and the most. Adds `place` and `remark`, the model's."""
     kinds = (best.features == "pixels").groupby(best.epochs).nunique()  # 2: CNN and probe
     best = best[best.epochs.isin(kinds.index[kinds == kinds.max()])]
     remarks = list_models(best)
     shown = best[best.model.isin(remarks)]
     shown = shown[shown.epochs.isin([shown.epochs.min(), shown.epochs.max()])]
     place = shown.model.map(list(remarks).index)
-    shown = shown.assign(place=place, remark=shown.model.map(remarks), color="C" + place.astype(str))
+    shown = shown.assign(place=place, remark=shown.model.map(remarks))
     return shown.sort_values(["epochs", "place", "seed"])
 
 
@@ -351,7 +351,7 @@ def draw_pictures(best, sides, models, data, mistakes):
         yield "confusion.png", draw_confusions(sides)
     runs = sides[sides.title.isin(models.title)]
     curves = pd.concat([run.curve.assign(model=run.model) for run in runs.itertuples()])
-    colors = dict(zip(models.model, models.color))
+    colors = {run.model: f"C{run.place}" for run in models.itertuples()}
     if curves.epoch.max() > 1:
         # Means over the seeds.
         tables = {MEASURES[key]: curves.pivot_table(key, "epoch", "model", sort=False) for key in MEASURES}

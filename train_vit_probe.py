@@ -368,7 +368,6 @@ def extract(images, view, backbone, record, accelerator):
             features |= zip(backbone.choices, output.split(backbone.lengths, 1))
             meta = {"seconds": time.perf_counter() - began}
             if accelerator.is_main_process:
-                CACHE.mkdir(exist_ok=True)
                 common.save_tensors(file, features, meta)
         parts.append(features)
         seconds += meta["seconds"]
@@ -451,13 +450,10 @@ def make_parser():
 
 def name_models(settings, parser, kind):
     """Set the model's name in the options of each run; `kind`: pretrained, random or recorded."""
-    several = len({options.features for options in settings}) > 1
     for options in settings:
         base = f"{NAME.replace('vit_tiny', 'ViT-Tiny')}-{options.features}-{kind}".removesuffix("-pretrained")
-        # The base says these two, so they do not come again as options.
-        parser.set_defaults(features=options.features, no_pretrained=options.no_pretrained)
-        options.model = common.model_name(options, parser, base)
-        if options.name and several:
+        options.model = common.model_name(options, parser, base, ["features", "no_pretrained"])
+        if options.name:  # which does not tell the features
             options.model += f"-{options.features}"
 
 
@@ -482,7 +478,7 @@ def main():
         vit = load_vit(file, args.image_size)
         backbone = Backbone(vit, args.features, accelerator.mixed_precision).to(accelerator.device)
         record["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
-        record |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
+        record |= {key: list(vit.pretrained_cfg[key]) for key in ("mean", "std")}
     exit_code = 0
     if args.sanity_check:  # of each model once, in the first of its settings
         settings = {options.model: options for options in reversed(settings)}.values()

@@ -37,7 +37,7 @@ def main():
     vit = probe.load_vit(file, args.image_size)
     backbone = probe.Backbone(vit, args.features, accelerator.mixed_precision).to(accelerator.device)
     identity["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
-    identity |= {key: getattr(backbone, key).flatten().tolist() for key in ("mean", "std")}
+    identity |= {key: list(vit.pretrained_cfg[key]) for key in ("mean", "std")}
     features, _ = probe.extract_all(args, data, backbone, identity, accelerator)
     features = {split: views[0].float() for split, views in features["grid6"].items()}  # the only view
     low, high = torch.quantile(features["train"], torch.tensor([CUT, 1 - CUT]), dim=0)
