@@ -289,7 +289,7 @@ def list_counts(counts):
     return ", ".join(f"{n:,} {name}" for name, n in counts.most_common(5) if n) or "nothing"
 
 
-def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
+def load_data(data_dir, image_size=None):
     """Decode an ImageFolder into memory, once; returns its Data. Raises UserError as the functions above.
 
     All splits are stored at one size: the training images' own if they are equal squares of at most `image_size` (64
@@ -299,7 +299,7 @@ def load_data(data_dir, image_size=None, splits=("train", "val", "test")):
     side, classes = image_size or LARGEST_DEFAULT_SIZE, []
     pixels, labels, paths, seen, skipped, notes = {}, {}, {}, set(), [], []
     description = {"path": data_dir, "counts": {}, "sha256": {}}
-    for name in splits:
+    for name in ("train", "val", "test"):
         files, names, others = find_images(Path(data_dir, name), classes)
         skipped += others
         if not files:
@@ -573,7 +573,7 @@ def make_accelerator(mixed_precision=None):
     """Return an Accelerator, by default in bf16 where that is native. Raises UserError for unsupported settings."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # forget a notebook's earlier one
+        AcceleratorState._reset_state(True)  # forget a notebook's earlier one
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # set by `accelerate launch`
     if (launched or world > 1) and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers set 1 where nothing was asked for, and a CPU run would train on one core.
@@ -980,17 +980,17 @@ class Run:
             print(f"run folder {self.path}; compare all runs with: python evaluate.py", flush=True)
 
 
-def make_classifier(run, config, model, backbone=None):
+def make_classifier(run, config, model, network):
     """Load a run's best weights into `model`; return a function from images to class probabilities.
 
-    `backbone`: what stands before the model, if it is a probe."""
+    `network`: the model, with the backbone before it if it is a probe."""
     if repr(model) != config["network"]:
         raise UserError(
             f"{run}: its network is not the one of this script: use the script as it was: {config['command']}"
         )
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = torch.nn.Sequential(*filter(None, [backbone, model])).to(device).eval()
+    network.to(device).eval()
     data = config["data"]
 
     @torch.no_grad()

@@ -218,7 +218,7 @@ def load_classifier(run):
         raise UserError(f"{run}: is a probe: use train_vit_probe.load_classifier")
     data = config["data"]
     model = make_model(argparse.Namespace(**config), data["channels"], len(data["classes"]))
-    return common.make_classifier(run, config, model)
+    return common.make_classifier(run, config, model, model)
 
 
 def make_parser():

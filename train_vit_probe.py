@@ -427,7 +427,7 @@ def load_classifier(run, weights=None):
     vit = load_vit(file, config["image_size"])
     backbone = Backbone(vit, [config["features"]], config["environments"][-1]["precision"])
     model = LinearProbe(*backbone.lengths, len(config["data"]["classes"]))
-    return common.make_classifier(run, config, model, backbone)
+    return common.make_classifier(run, config, model, nn.Sequential(backbone, model))
 
 
 def make_parser():

@@ -388,7 +388,11 @@ def test_folders_and_links_can_be_named(run_main):
 def make_images(classes=CLASSES, counts=(16, 5, 5), split="test"):
     """Make an ImageFolder in data/; returns what write_run needs to be of it, before test/ came if `split` is val."""
     forked.make_images("data", counts, classes)
-    data = common.load_data("data", 8, dict.fromkeys(("train", "val", split)))
+    if split == "val":
+        os.rename("data/test", "data/later")
+    data = common.load_data("data", 8)
+    if split == "val":
+        os.rename("data/later", "data/test")
     return {"data": data.description, "labels": {split: data.labels[split]}}
 
 
