@@ -107,6 +107,7 @@ def read_run(folder):
         "best_epoch": best["epoch"],
         "split": split,
         "images": len(labels),
+        "classes": config["data"]["classes"],
         "when": epochs,
         "title": f"{model}, {epochs}",
         "is_control": "'random'" in str(config["backbone"]),
@@ -180,10 +181,8 @@ def best_settings(frame):
         best.append(chosen.assign(seeds=most, tried=len(equal), validation=equal.max()))
         top = validation.idxmax()
         if seeds[top] < most:
-            words = (
-                f"{top[0]} {top[1]:g} is better by validation, but has {seeds[top]} of {most} seeds: train the others"
-            )
-            lines.append(f"{chosen.title.iloc[0]}: {words}")
+            other = f"{top[0]} {top[1]:g}, with {seeds[top]} of {most} seeds"
+            lines.append(f"{chosen.title.iloc[0]}: {other}, is better by validation: train its other seeds")
     return pd.concat(best), lines
 
 
@@ -202,12 +201,12 @@ def list_models(best):
     first = (plain.model.str.len() + 999 * plain.name.notna()).groupby(plain.features).idxmin()
     others = ranked.drop(first)
     ranked = pd.concat([ranked.loc[first], others])
-    cnns = ranked.query("features == 'pixels'").model[:MAX_CNNS]
-    probes = ranked.query("features != 'pixels'").model[:MAX_PROBES]
-    remarks = dict.fromkeys([*cnns, *probes], "")
-    rivals = others.query("features != 'pixels'").query("seeds == seeds.max()").model
+    is_cnn = ranked.features == "pixels"
+    shown = [*ranked.model[is_cnn][:MAX_CNNS], *ranked.model[~is_cnn][:MAX_PROBES]]
+    remarks = dict.fromkeys(shown, "")
+    rivals = others.query("features != 'pixels'").query("seeds == seeds.max()")
     if len(rivals) > 1:
-        remarks[probes.iloc[-1]] = f", chosen by validation among {len(rivals)} further probes"
+        remarks[shown[-1]] = f", chosen by validation among {len(rivals)} further probes"
     return remarks
 
 
@@ -216,11 +215,10 @@ def select(best):
 
     At the fewest and the most epochs that CNN and probe share; where there is none, or only CNNs or only probes, at
     the fewest and the most. Adds `place` and `remark`, the model's."""
-    kinds = (best.features == "pixels").groupby(best.epochs).nunique()  # 2: CNN and probe
-    best = best[best.epochs.isin(kinds.index[kinds == kinds.max()])]
-    remarks = list_models(best)
-    shown = best[best.model.isin(remarks)]
-    shown = shown[shown.epochs.isin([shown.epochs.min(), shown.epochs.max()])]
+    is_cnn = best.features == "pixels"
+    shared = set(best.epochs[is_cnn]) & set(best.epochs[~is_cnn]) or set(best.epochs)
+    remarks = list_models(best[best.epochs.isin(shared)])
+    shown = best[best.model.isin(remarks) & best.epochs.isin([min(shared), max(shared)])]
     place = shown.model.map(list(remarks).index)
     shown = shown.assign(place=place, remark=shown.model.map(remarks))
     return shown.sort_values(["epochs", "place", "seed"])
@@ -278,7 +276,7 @@ def draw_lines(tables, colors):
 
 def draw_confusions(sides):
     """Draw the confusion matrices of the lowest seeds, three a row: shares of the images of a class."""
-    classes = [shorten(name) for name in sides.data.iloc[0]["classes"]]
+    classes = [shorten(name) for name in sides.classes.iloc[0]]
     runs = sides.drop_duplicates("title")
     rows, side = math.ceil(len(runs) / 3), max(4, 0.2 * len(classes))
     figure = Figure(figsize=(3 * side, rows * side), layout="constrained")
@@ -316,7 +314,7 @@ def draw_grid(title, images, texts, columns):
 
 def find_mistakes(models, data):
     """Return a row for each image that a model's run has wrong, the most confident first; the index is the image's."""
-    classes = np.array(models.data.iloc[0]["classes"])
+    classes = np.array(models.classes.iloc[0])
     tables = []
     for run in models.itertuples():
         columns = {
@@ -347,7 +345,7 @@ def draw_augmentation(run, data):
 
 def draw_pictures(best, sides, models, data, mistakes):
     """Yield file names and figures of what there is to see; without `data` none that show images."""
-    if len(sides.data.iloc[0]["classes"]) <= MAX_CLASSES:
+    if len(sides.classes.iloc[0]) <= MAX_CLASSES:
         yield "confusion.png", draw_confusions(sides)
     runs = sides[sides.title.isin(models.title)]
     curves = pd.concat([run.curve.assign(model=run.model) for run in runs.itertuples()])
@@ -408,8 +406,7 @@ def command(frame, script, options=""):
 
 def measured(run, profile):
     """Return the rows that the profile has of a run's network, optimiser, image size and batch."""
-    key = ["network", "optimizer", "image_size", "batch_size"]
-    return [row for row in profile["rows"] if all(row.get(name) == getattr(run, name) for name in key)]
+    return [row for row in profile["rows"] if row["model"].items() <= run.identity.items()]
 
 
 def summary_table(sides, models, profile):
@@ -548,10 +545,11 @@ def profile_section(models, profile, hint):
     rows = profile["rows"]
     if not rows:
         return f"Not measured: {hint}"
-    is_same = profile["images"] == models.data.iloc[0]["sha256"]["train"]
+    is_same = profile["images"] == models["train images"].iloc[0]
     return f"""\
 On {profile["machine"]}, of the images in `{profile["data_dir"]}`:
-{"; ".join(f"{of['row']}: {of['image_size']} px, batches of {of['batch_size']}, {of['precision']}" for of in rows)}.\
+{"; ".join(f"{of['row']}: {of['model']['image_size']} px, {of['precision']}" for of in rows)}, in batches of \
+{rows[0]["model"]["batch_size"]}.\
 {"" if is_same else f" These are other images than those of this report: {hint}"}
 Models that are not in it, by their network, optimiser, image size or batch (a changed script needs another --out):
 {", ".join(run.model for run in models.itertuples() if not measured(run, profile)) or "none"}.
@@ -587,14 +585,14 @@ def classes_section(sides, models):
     """Return the F1 of the hardest classes, a column a model, and each model's most frequent confusions.
 
     Of the predictions of all seeds together; a confusion is a share of its class."""
-    names = np.array(models.data.iloc[0]["classes"])
+    names = np.array(models.classes.iloc[0])
     f1, lines = pd.DataFrame(index=names), []
     for title, runs in sides[sides.title.isin(models.title)].groupby("title", sort=False):
         true, predicted = names[np.hstack(runs.labels)], names[np.hstack(runs.predicted)]
         f1[title] = f1_score(true, predicted, labels=names, average=None, zero_division=0)
-        shares = pd.crosstab(true, predicted, normalize="index").stack()
+        shares = pd.Series(predicted).groupby(true).value_counts(normalize=True)
         wrong = shares[[one != other for one, other in shares.index]].nlargest(5)
-        confusions = (f"{one} as {other}: {share:.1%}" for (one, other), share in wrong[wrong > 0].items())
+        confusions = (f"{one} as {other}: {share:.1%}" for (one, other), share in wrong.items())
         lines.append(f"{title}: {', '.join(confusions) or 'none'}")
     hardest = f1.loc[f1.mean(axis=1).nsmallest(6).index].map("{:.4f}".format)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"

@@ -170,11 +170,13 @@ def measure(row, args):
         cells["Device idle"] = f"{1 - busy_seconds(events) / number / steps / mean:.1%}"
     return {
         "row": row,
-        "network": repr(accelerator.unwrap_model(network[-1], keep_torch_compile=False)),
-        "optimizer": common.optimizer_text(optimizer),
+        "model": {
+            "network": repr(accelerator.unwrap_model(network[-1], keep_torch_compile=False)),
+            "optimizer": common.optimizer_text(optimizer),
+            "image_size": data.image_size,
+            "batch_size": args.batch_size,
+        },
         "images": data.description["sha256"]["train"],
-        "image_size": data.image_size,
-        "batch_size": args.batch_size,
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "step_ms": median,
         "peak_mb": peak,
@@ -206,8 +208,8 @@ def write_report(rows, args):
 
 Machine: {profile["machine"]}.
 
-Training images of {args.data_dir}, the CNN's at {cnn["image_size"]} px, the ViT's at {vit["image_size"]} px, in
-batches of {args.batch_size}; precision {vit["precision"]}.
+Training images of {args.data_dir}, the CNN's at {cnn["model"]["image_size"]} px, the ViT's at
+{vit["model"]["image_size"]} px, in batches of {args.batch_size}; precision {vit["precision"]}.
 
 {table}
 

@@ -413,7 +413,7 @@ def recorded_features(data, choices):
 def load_classifier(run, weights=None):
     """Return the trained probe of a run folder: `classify = load_classifier("runs/ViT-Tiny-class/...")`.
 
-    `classify(images)` takes file names, a folder, PIL images or NumPy arrays, and gives for each image a dict from
+    `classify(images)` takes file names, a folder or PIL images, and gives for each image a dict from
     class name to probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError
     for a folder of another model, other weights, and files that are no images."""
     config = common.read_json(Path(run) / "config.json")

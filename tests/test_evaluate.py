@@ -66,7 +66,7 @@ def write_run(model="CNN", epochs=2, lr=0.01, schedule="cosine", seed=0, **more)
     data = DATA | {"counts": counts, "sha256": {split: split for split in counts}} | given["data"]
     config = {"model": model, "epochs": epochs, "lr": lr, "schedule": schedule, "seed": seed, "data": data}
     config |= {"backbone": backbone if own["network"] == PROBE else None, "features": features}
-    config |= {"optimizer": ADAMW, **OPTIONS, **own, "name": model if "+" in model else None}
+    config |= {"train images": "train", "optimizer": ADAMW, **OPTIONS, **own, "name": model if "+" in model else None}
     environment = {"versions": {"torch": "2.6"}, "device": "Some CPU", "precision": "no"}
     config["environments"] = [environment | {"scripts": scripts} for scripts in given["scripts"]]
     (folder / "config.json").write_text(json.dumps(COMMON | config | given["config"]))
@@ -306,13 +306,16 @@ def test_what_a_model_is_and_which_scripts_changed(run_main):
 def test_the_profile_is_of_what_is_compared(run_main):
     for model in ("CNN", "ViT-Tiny-class"):
         write_run(model, data={"path": "my data"})
-    row = {"row": "cnn", "network": CNN, "optimizer": ADAMW, "image_size": 8, "batch_size": 64, "precision": "fp32"}
-    row |= {"step_ms": 1.5, "peak_mb": 20.0, "cells": {"Model": "CNN", "Step": "1.5"}}
-    cached = {"row": "cached", "network": PROBE, "step_ms": 0.6, "peak_mb": 30.0, "cells": {"Model": "probe"}}
+    model = {"network": CNN, "optimizer": ADAMW, "image_size": 8, "batch_size": 64}
+    row = {"row": "cnn", "precision": "fp32", "step_ms": 1.5, "peak_mb": 20.0, "cells": {"Model": "CNN", "Step": "1.5"}}
+    cached = {"row": "cached", "model": model | {"network": PROBE}, "step_ms": 0.6, "peak_mb": 30.0}
+    cached["cells"] = {"Model": "probe"}
     profile = {"machine": "one", "data_dir": "data", "images": "train", "notes": ["a note"]}
     Path("report").mkdir()
     for part in ({}, {"network": "x"}, {"optimizer": SGD}, {"image_size": 9}, {"batch_size": 32}, {"images": "others"}):
-        Path("report/profile.json").write_text(json.dumps(profile | part | {"rows": [row | part, row | cached]}))
+        changed = {} if "images" in part else part
+        rows = [row | {"model": model | changed}, row | cached]
+        Path("report/profile.json").write_text(json.dumps(profile | part | {"rows": rows}))
         run_main()
         is_measured = not part or "images" in part
         cnn = " ".join(table("Summary")[0].values())

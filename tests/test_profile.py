@@ -52,10 +52,10 @@ def test_report(profiled):
     cnn = repr(train_cnn.make_model(train_cnn.make_parser().parse_args([]), 1, 6))
     probe = repr(train_vit_probe.LinearProbe(192, 6))
     expected = [("cnn", cnn, 28), ("vit", probe, 224), ("cached", probe, 224)]
-    assert [(row["row"], row["network"], row["image_size"]) for row in profile["rows"]] == expected
+    assert [(r["row"], r["model"]["network"], r["model"]["image_size"]) for r in profile["rows"]] == expected
     for row in profile["rows"]:
         cells = row["cells"]
-        assert (row["batch_size"], row["precision"]) == (2, "fp32") and len(cells) <= 10
+        assert (row["model"]["batch_size"], row["precision"]) == (2, "fp32") and len(cells) <= 10
         assert "| " + " | ".join(cells.values()) + " |" in text
         assert cells["Step time (ms)"].startswith(f"{row['step_ms']:.2f} (")
         assert cells["Peak memory (MB)"] == f"{row['peak_mb']:,.0f}"
