@@ -272,6 +272,7 @@ def find_images(folder, classes):
     if not files and folder.name != "test":
         found = list_counts(count_suffixes(others))
         raise UserError(f"{folder}: no class folders with images ({found}): prepare_data.py --source makes them")
+    # ^: what is in one of the two only; of train/ itself `classes` is empty.
     different = set(names) - set(classes) if folder.name == "test" else set(names) ^ set(classes or names)
     if different:
         names = ", ".join(sorted(different)[:5])
@@ -312,7 +313,7 @@ def load_data(data_dir, image_size=None):
             if width == height <= side and len(set(sizes)) == 1:
                 side = width
             channels = 3 if any(image.mode == "RGB" for image in images) else 1
-            width, height = np.mean(sizes, 0)
+            mean_width, mean_height = np.mean(sizes, 0)
         paths[name] = files
         pixels[name] = stack_images(images, side, channels)
         labels[name] = torch.tensor([classes.index(label) for label in names])
@@ -332,8 +333,8 @@ def load_data(data_dir, image_size=None):
     if skipped:
         notes.append(f"skipped, as no images of a class: {list_counts(count_suffixes(skipped))}")
     image_size = image_size or side
-    sizes = f"images of {width:.0f}x{height:.0f} px on average, trained at {image_size} px"
-    description |= {"classes": classes, "channels": channels, "side": side, "notes": [sizes, *notes]}
+    about_size = f"images of {mean_width:.0f}x{mean_height:.0f} px on average, trained at {image_size} px"
+    description |= {"classes": classes, "channels": channels, "side": side, "notes": [about_size, *notes]}
     return Data(pixels, labels, paths, classes, image_size, description)
 
 
@@ -417,7 +418,9 @@ def evaluation_loader(accelerator, dataset, batch_size=256):
 
 
 def progress(items, text, accelerator):
-    """Return `items` with a progress bar: in a terminal, after a second, and of several processes in the first only."""
+    """Return `items` with a progress bar: in a terminal, after a second, and of several processes in the first only.
+
+    disable=None, not False, is tqdm's word for "only in a terminal"."""
     return tqdm(items, text, leave=False, delay=1, disable=not accelerator.is_main_process or None)
 
 
@@ -434,12 +437,12 @@ def predict(accelerator, model, loader):
 
 # ------------------------------------------------------------------------------------------------- metrics
 def macro_f1(labels, predictions):
-    """Return the mean of F1 = 2 TP / (2 TP + FP + FN), 0 to 1, over the classes that occur, of int64 [N] each."""
+    """Return the mean of F1 = 2 TP / (2 TP + FP + FN), 0 to 1, over the classes that occur in either, int64 [N]."""
     # scikit-learn's f1_score(average="macro"), by hand as its import takes as long as an epoch. TP + FN are all images
     # of a class, TP + FP all that were predicted as it: together, how often the class stands in both lists.
-    both = torch.cat([labels, predictions]).bincount().double()
-    hits = labels[labels == predictions].bincount(minlength=len(both))
-    return (2 * hits / both).nanmean().item()  # 0 / 0, not a number: a class that does not occur
+    occurrences = torch.cat([labels, predictions]).bincount().double()
+    hits = labels[labels == predictions].bincount(minlength=len(occurrences))
+    return (2 * hits / occurrences).nanmean().item()  # 0 / 0, not a number: a class that does not occur
 
 
 def scores(log_probs, labels):
@@ -463,7 +466,7 @@ def rank_key(line):
 def cosine(step, total):
     """Return the share of the peak learning rate: linear warm-up over a tenth of all steps, then a cosine towards 0.
 
-    The + 1 keep the first and the last step from a rate of 0, which would train nothing."""
+    Each + 1 keeps the first or the last step from a rate of 0, which would train nothing."""
     warm_up = 0.1 * total
     if step + 1 < warm_up:
         return (step + 1) / warm_up
@@ -499,7 +502,7 @@ def cli(main):
     except BrokenPipeError:  # `| head`
         os._exit(1)  # at once: at its usual end Python would flush, and complain
     except OSError as error:
-        code = complain(f"{error.filename or 'writing'}: {error.strerror or error}: check the path and the disk")
+        code = complain(f"{error.filename or 'a file'}: {error.strerror or error}: check the path and the disk")
     if "WORLD_SIZE" in os.environ:
         # gloo's threads can abort the interpreter on its way out (pytorch issue 179291).
         sys.stdout.flush()
@@ -581,12 +584,12 @@ def make_accelerator(mixed_precision=None):
     # Accelerate would take Apple's GPU by itself, but that lacks functions that are used here (pytorch issues 125098,
     # 96056, 141287). And without a GPU two processes would not find each other.
     cpu = not torch.cuda.is_available()
-    bf16 = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(False)
+    bf16 = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=mixed_precision or launched or ("bf16" if bf16 else "no"),
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            dataloader_config=DataLoaderConfiguration(split_batches=True),  # a loader's batch is that of all processes
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"Accelerate: {brief(error)}: change it, or run `accelerate config` again") from None
@@ -595,7 +598,7 @@ def make_accelerator(mixed_precision=None):
     is_known = kind in ("NO", "MULTI_CPU", "MULTI_GPU") and precision in ("no", "bf16")
     if not is_known or n != world or steps > 1:
         found = f"{kind}, {n} of {world} process(es), {steps} accumulation step(s), {precision}"
-        raise UserError(f"Accelerate: {found}: not supported: use torchrun, or run `accelerate config` again")
+        raise UserError(f"Accelerate: {found}: not supported: `accelerate config`, torchrun or --mixed-precision no")
     apple = ", not on Apple's GPU, which lacks functions that are needed" * torch.backends.mps.is_available()
     device = f"{n} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
     accelerator.print(f"{device}, precision {precision.replace('no', 'fp32')}{apple}")
@@ -653,16 +656,16 @@ def sha256(data):
 
 def damaged(path, error):
     """Return the UserError for a file of ours that cannot be read."""
-    return UserError(f"{path}: damaged ({brief(error)}): replace it, or move it away to do without it")
+    return UserError(f"{path}: damaged or missing ({brief(error)}): replace it, or move it away to do without it")
 
 
 def load_tensors(path):
-    """Return a safetensors file's tensors, a dict, and the JSON object in its metadata; UserError if damaged."""
+    """Return a safetensors file's tensors, a dict, and the JSON object in its metadata; UserError if unreadable."""
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads(file.metadata()["json"])
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise damaged(path, error) from None
 
 
@@ -676,7 +679,8 @@ def save_tensors(path, tensors, meta):
 # A model is here all that is trained alike: network, optimiser, images, options. Its name is a folder in runs/. A
 # setting is the four options below; a run is one model trained in one setting, a folder in that of the model.
 SETTING = ("epochs", "lr", "schedule", "seed")
-# What config.json says of a run, and what does not tell models apart; images are told apart by their hashes.
+# Keys of config.json in which the runs of a model may differ. Images are told apart by "train images" and "val images",
+# their hashes, not by "data".
 ASIDE = {*SETTING, "model", "data_dir", "mixed_precision", "name", "resume", "sanity_check"}
 ASIDE |= {"command", "parameters", "trained", "feature_seconds", "data", "environments"}
 
@@ -725,19 +729,21 @@ def optimizer_text(optimizer):
     return re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer))
 
 
-def make_config(accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0):
+def make_config(accelerator, options, data, script, model, optimizer, backbone=None, seconds=0.0):
     """Return what config.json says of a run: its options, what it trains, and where.
 
-    `model` and `optimizer`: as Accelerate prepared them. The last three are a probe's: the name of its features, the
-    frozen ViT that they come from, a dict, and the seconds they took."""
+    `model` and `optimizer`: as Accelerate prepared them. The last two are a probe's: the frozen ViT that its features
+    come from, a dict, and the seconds they took."""
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     names = {parameter: name for name, parameter in network.named_parameters()}
     frozen = backbone["parameters"] if backbone else 0
     scripts = {Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)}
     return {
+        "features": "pixels",  # of a CNN; a probe's are one of its options
         **vars(options),
         "image_size": data.image_size,
         "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
+        "label_smoothing": LABEL_SMOOTHING,
         "network": repr(network),
         "optimizer": optimizer_text(optimizer),
         "parameter groups": [
@@ -746,7 +752,6 @@ def make_config(accelerator, options, data, script, model, optimizer, features="
         ],
         "parameters": frozen + sum(parameter.numel() for parameter in names),
         "trained": sum(parameter.numel() for parameter in names if parameter.requires_grad),
-        "features": features,
         "backbone": backbone,
         "feature_seconds": seconds,
         "data": data.description,
@@ -757,7 +762,7 @@ def make_config(accelerator, options, data, script, model, optimizer, features="
 
 
 def identity(config):
-    """Return of a run's config what all runs of its model have in common."""
+    """Return a run's config without the keys in ASIDE: what all runs of a model share."""
     return {key: value for key, value in config.items() if key not in ASIDE}
 
 
@@ -770,13 +775,14 @@ def differences(old, new):
 def end_sanity_check(accelerator, config, model, batches):
     """Print and store whether a model has overfitted its few `batches`; returns the exit code, 0 for yes, 1 for no."""
     model.eval()
+    # A list of pairs becomes a pair of tensors, of all batches and then of all processes.
     outputs = [(model(inputs), labels) for inputs, labels in batches]
     logits, labels = accelerator.gather(tuple(map(torch.cat, zip(*outputs))))
     result = scores(logits.float().cpu().log_softmax(1), labels.cpu())
-    # The idea is Karpathy's ("A Recipe for Training Neural Networks"), the limit is ours.
+    # The idea is Karpathy's ("A Recipe for Training Neural Networks"), the limit of 0.05 is ours.
     passed = result["accuracy"] == 1 and result["loss"] < 0.05
     accelerator.print(
-        f"sanity check: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
+        f"sanity check of {config['model']}: {'pass' if passed else 'FAIL'}: {len(labels)} images, accuracy "
         f"{result['accuracy']:.1%}, loss {result['loss']:.4f} (needs 100% and less than 0.05)"
     )
     if accelerator.is_main_process:
@@ -806,7 +812,9 @@ def log_epoch(writer, line, rates, losses, model):
 def check_model(own, config):
     """Raise UserError where the folder of a run's model holds runs of another model, or the run's `own` another run."""
     for file in sorted(own.parent.glob("*/config.json")):
-        if is_started(file.parent):  # else it was stopped in its first epoch: nothing of it counts
+        # Else it is in its first epoch, or was stopped there: nothing of it counts. So of two models that start at once
+        # under one name neither sees the other; the next start does.
+        if is_started(file.parent):
             earlier = read_json(file)
             found = differences(earlier, identity(config))
             if file.parent == own:  # which may be a copy of another run's folder
@@ -833,31 +841,32 @@ class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
     Where there is a checkpoint, its states are loaded into `model`, `optimizer` and `others` (a scheduler of yours).
-    (check_folders has refused a folder with one, unless --resume was given.) All processes read, the main process
-    writes. A run with predictions has ended; it is complete if they are of today's images, as a test/ can come later.
-    Raises UserError where another process trains this run, where the folder holds runs of another model, and for a
-    checkpoint that is damaged or does not fit."""
+    (check_folders has refused a folder that holds work, unless --resume was given.) All processes read, the main
+    process writes. A run with predictions has ended; it is complete if they are of today's images, as a test/ can come
+    later. Raises UserError where another process trains this run (on a disk that has locks), where the folder holds
+    runs of another model, and for a checkpoint that is damaged or does not fit."""
 
     def __init__(self, accelerator, config, model, optimizer, **others):
         self.accelerator, self.config = accelerator, config
         self.path = run_folder(config)
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.objects = {"model": self.model, "optimizer": optimizer, **others}
-        self.history, self.best, self.step = [], None, 0  # the step of the last epoch that is saved
+        self.history, self.best, self.step = [], None, 0  # step: the optimiser's, up to the last epoch
         self.predictions = self.path / "predictions.safetensors"
-        self.ended = self.predictions.exists()
         self.lock = self.writer = None
         check_model(self.path, config)
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-        # All processes learn of it, or the others would wait for this one for ever.
+        # All processes learn of it, or the others would wait for this one for ever. (The main process's value counts;
+        # the function takes a list, which it overwrites.)
         if broadcast_object_list([accelerator.is_main_process and not self.lock])[0]:
             raise UserError(f"{self.path}: is being trained: wait for it, or give --name")
-        self.read()
+        self.ended = self.predictions.exists()
+        self.load_checkpoint()
         accelerator.wait_for_everyone()  # all have read before anything is changed
         if accelerator.is_main_process and not self.is_complete():
-            self.clean_up()
+            self.begin()
 
     def __enter__(self):
         return self
@@ -866,8 +875,8 @@ class Run:
         for opened in filter(None, (self.writer, self.lock)):
             opened.close()
 
-    def read(self):
-        """Load all states, the history and the best weights."""
+    def load_checkpoint(self):
+        """Load the states, the history and the best weights; without a checkpoint the run begins anew."""
         file = self.path / "checkpoint.pt"
         if file.exists():
             try:
@@ -884,15 +893,18 @@ class Run:
             self.step = self.history[-1]["step"]
 
     def is_complete(self):
-        """Return whether the predictions are there, of today's images."""
+        """Return whether the predictions are there, of today's images: a test/ may have come, or gone."""
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
-    def clean_up(self):
-        """Begin the log where the checkpoint ends, and record in config.json where the run is trained now."""
+    def begin(self):
+        """Begin the log where the checkpoint ends, delete what a kill left half-written, and write config.json.
+
+        That keeps the environments, with the scripts' hashes, of earlier starts."""
         if not self.ended:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a start that was killed has logged of steps from this one on, TensorBoard does not show.
+            # What a start that was killed has logged from this step on, TensorBoard drops, at the latest when the next
+            # epoch is logged.
             self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
         for file in self.path.glob(".*.tmp"):  # see atomic_write
             file.unlink()
@@ -904,6 +916,7 @@ class Run:
     def remaining_epochs(self):
         """Yield the numbers, from 0, of the epochs still to be trained, with the global random generators seeded."""
         # For a network with dropout; order, crops and flips have generators of their own. Each process draws others.
+        # (NumPy, which is seeded too, takes seeds below 2^32.)
         process = self.accelerator.process_index
         for epoch in range(len(self.history), 0 if self.ended else self.config["epochs"]):
             set_seed(key_seed(self.config["seed"], "epoch", epoch, process) % 2**32)
@@ -965,7 +978,7 @@ class Run:
             self.accelerator.print(f"{self.path}: already complete")
             return False
         # From the file, as the checkpoint of a run that has ended may be deleted.
-        self.accelerator.wait_for_everyone()  # until it is written
+        self.accelerator.wait_for_everyone()  # until the main process has written it
         self.model.load_state_dict(load_tensors(self.path / "model.safetensors")[0])
         return True
 

@@ -296,6 +296,8 @@ def draw_confusions(sides):
             colorbar=False,
         )
         axes.set_title(f"{shorten(run.title, 36)}\nseed {run.seed}")
+        axes.label_outer()  # class names only at the left, and below the last matrix of each column
+        axes.tick_params(labelbottom=place + 3 > len(runs))
     return figure
 
 
@@ -533,7 +535,7 @@ def model_section(models, hint):
         options = re.findall(r"(\b(?!fused|foreach|decoupled)\w+): (?!False|None|0\n)(.+)", run.optimizer)
         lines.append(
             f"{run.model}: {run.optimizer.split()[0]}, {', '.join(dict.fromkeys(map(' '.join, options)))}, batches "
-            f"of {run.batch_size}. Training images: "
+            f"of {run.batch_size}, label smoothing {run.label_smoothing}. Training images: "
             f"{run.augmentation or 'plain'}. Sanity check: {sanity_check(run)}."
         )
     network = "\n".join(first.network.splitlines()[:24])

@@ -50,21 +50,21 @@ class CNN(nn.Module):
     def __init__(self, channels, classes, widths):
         super().__init__()
         layers = []
-        inputs = channels
+        in_channels = channels
         for width in widths:
             layers += [
                 # No bias: the batch normalisation would subtract it again.
-                nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
+                nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
                 # Halves the image. It stands before the normalisation, which so has a quarter of the pixels to work
                 # on; the usual order, after the ReLU, takes longer and was not more accurate here.
                 nn.MaxPool2d(2),
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
-            inputs = width
+            in_channels = width
         self.features = nn.Sequential(*layers)
         # Whatever the image's size and the layers above, the classifier gets 3 x 3 values of each channel.
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * inputs, classes))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * in_channels, classes))
 
     def forward(self, images):
         # The faster layout for convolutions: the channels of a pixel side by side in memory.
@@ -184,8 +184,8 @@ def train(options, data, accelerator):
             # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, begin the loop with an `if ...:
             # break` that depends on `run.history`, the lines of metrics.jsonl: a resumed run then stops there, too.
             run.end_epoch(steps, val)
-        # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
-        # all. A run that had ended before, with predictions of these images, has nothing left to do (False).
+        # Val and test are predicted by the weights of the best epoch; until here nothing depended on the test images.
+        # A run that had ended before, with predictions of these images, has nothing left to do (False).
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -198,6 +198,7 @@ def sanity_check(options, data, accelerator):
     plain = {"epochs": 60, "crop_scale": 1.0, "no_flip": True}
     few_options = argparse.Namespace(**vars(options) | plain)
     model, optimizer, train_loader, _ = prepare(few_options, data, accelerator)
+    # By `options`, not few_options: so the report finds whose check it is.
     config = common.make_config(accelerator, options, data, __file__, model, optimizer)
     train_loader.dataset.start_epoch(0)
     few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four

@@ -68,15 +68,15 @@ class LinearProbe(nn.Module):
             x = (features.float() - self.mean) / self.std
             # Adam's first step moves each weight by the rate, whatever its gradient, and so a logit by about the rate
             # times the number of values: ten times as far with 1,920 values as with 192. Divided by the root of ten it
-            # is still three times as far; measured, the same rates suit both. 192 is ViT-Tiny's width, the measure.
+            # is still three times as far; the same rates suit both (results/README.md). 192 is ViT-Tiny's width.
             return self.linear(x * (192 / x.shape[1]) ** 0.5)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
     """The features of a split in memory, on the device, as common.ImageDataset has images.
 
-    `views`: a list of float16 [N, values], of which an epoch uses one, in turn: one of the plain images, or several,
-    each of all images cropped and flipped in another way. `labels` int64 [N]."""
+    `views`: a list of float16 [N, values], of which an epoch uses one, in turn: without --views one, of the plain
+    images; else of all images, cropped and flipped in another way in each. `labels` int64 [N]."""
 
     def __init__(self, views, labels, seed):
         self.views, self.labels, self.seed = views, labels, seed
@@ -188,8 +188,8 @@ def train(options, data, features, about, accelerator):
             # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, begin the loop with an `if ...:
             # break` that depends on `run.history`, the lines of metrics.jsonl: a resumed run then stops there, too.
             run.end_epoch(steps, val)
-        # Val and test are predicted by the weights of the best epoch; until here the test images were not used at
-        # all. A run that had ended before, with predictions of these images, has nothing left to do (False).
+        # Val and test are predicted by the weights of the best epoch; until here nothing depended on the test images.
+        # A run that had ended before, with predictions of these images, has nothing left to do (False).
         if run.restore_best_weights():
             logits = {split: common.predict(accelerator, model, loader) for split, loader in loaders.items()}
             run.finish(logits, data.labels)
@@ -201,6 +201,7 @@ def sanity_check(options, data, features, about, accelerator):
     # the features do not tell these images apart. With label smoothing the loss would not get near 0.
     few_options = argparse.Namespace(**vars(options) | {"epochs": 60})
     model, optimizer, train_loader, _ = prepare(few_options, data, features, accelerator)
+    # By `options`, not few_options: so the report finds whose check it is.
     config = common.make_config(accelerator, options, data, __file__, model, optimizer, **about)
     train_loader.dataset.start_epoch(0)
     few = list(itertools.islice(train_loader, 4))  # a list, so that each epoch has the same four
@@ -229,7 +230,8 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
         # Features are the class token of the last block, and the mean patch token of each field of a grid over the
         # image. Of each choice: the block of the patch tokens, and how many fields the grid has a side. "class" has no
-        # grid; "last" has one field, the whole image, as in DINOv2's linear evaluation; the others have 3 x 3 fields.
+        # grid; "last" has one field, the whole image, as in DINOv2's linear evaluation; the others have 3 x 3 fields:
+        # so it is kept, roughly, where in the image something is. One mean loses that.
         last = len(vit.blocks) - 1
         grids = {"class": (last, 0), "last": (last, 1)}
         grids |= {f"grid{block}": (block, 3) for block in range(last + 1)}
@@ -261,7 +263,7 @@ class Backbone(nn.Module):
             features.append(class_token)
             if side:
                 # The patch tokens in their places, as a picture of 14 x 14 with 192 channels, averaged over the fields
-                # of the grid. With 3 x 3 it is kept, roughly, where in the image something is; one mean loses that.
+                # of the grid.
                 patches = outputs[self.blocks.index(block)][0].float()
                 picture = patches.transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
                 features.append(F.adaptive_avg_pool2d(picture, side).flatten(1))
@@ -298,6 +300,7 @@ def choose_backbone(accelerator, args):
 
     Where the weights are not to be had, recorded features stand in. Raises UserError where these do not do either."""
     if args.no_pretrained:
+        # "seed 0" is only a name: load_vit draws these weights by key_seed("backbone").
         return None, {"name": BACKBONE, "weights": "random", "sha256": "seed 0"}
     with accelerator.local_main_process_first():
         try:
@@ -327,7 +330,9 @@ def load_vit(file, image_size):
     try:
         vit = timm.create_model(BACKBONE, pretrained=bool(file), img_size=image_size, pretrained_cfg_overlay=where)
     except Exception as error:  # unpickling, safetensors, names, shapes: a dozen kinds
-        raise UserError(f"{file}: not weights of {BACKBONE} ({common.brief(error)}): give another --weights") from None
+        raise UserError(
+            f"{file or BACKBONE}: not its weights ({common.brief(error)}): give another --weights"
+        ) from None
     if image_size % vit.patch_embed.patch_size[0]:
         raise UserError(f"--image-size {image_size}: give a multiple of {vit.patch_embed.patch_size[0]}")
     vit.reset_classifier(0)  # without its head
@@ -343,8 +348,8 @@ def extract(images, view, backbone, record, accelerator):
 
     # View k has the crops and flips that a training on images would draw in epoch k (plain images have none).
     images.start_epoch(view)
-    # All that the features depend on, the text of Backbone too. The crops of all images are drawn together, so they
-    # depend on an image's number and on how many there are.
+    # What the features depend on, the text of Backbone too (after a change of common.py's transforms delete features/).
+    # The crops of all images are drawn together, so they depend on an image's number and on how many there are.
     pixels = images.pixels
     key = [record, inspect.getsource(Backbone), backbone.bf16, pixels.device.type, torch.__version__, timm.__version__]
     key += [images.size, images.crop_scale, images.no_flip, images.seed, common.CROP_RATIO, view, PART, pixels.shape]
@@ -357,14 +362,14 @@ def extract(images, view, backbone, record, accelerator):
     for part in common.progress(numbers, f"features of {len(images):,} images", accelerator):
         file = CACHE / f"{digest}-{part[0]}.safetensors"
         features = {}
-        with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or not there: computed again
+        with contextlib.suppress(UserError):  # damaged, or not there: computed again
             features, meta = common.load_tensors(file)
         if not set(backbone.choices) <= features.keys():
             began = time.perf_counter()
             loader = common.evaluation_loader(accelerator, Subset(images, part.tolist()), batch_size)
             output = common.predict(accelerator, backbone, loader).half()
-            # What else the file had is kept. A pass takes about the same time whatever is chosen, so the time of the
-            # latest one stands for all.
+            # What else the file had (other choices of an earlier start) is kept. A pass takes about the same time
+            # whatever is chosen, so the time of the latest one stands for all.
             features |= zip(backbone.choices, output.split(backbone.lengths, 1))
             meta = {"seconds": time.perf_counter() - began}
             if accelerator.is_main_process:
@@ -442,18 +447,20 @@ def make_parser():
         help="what the linear layer sees, a run each: class (the last class token), last (with the mean of the "
         "last patch tokens), grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid) (class)",
     )
-    add("--views", type=common.number(int, 0), default=0, help="augmented views of images, an epoch each; 0: plain (0)")
+    add("--views", type=common.number(int, 0), default=0, help="cropped and flipped views, an epoch each; 0: plain (0)")
     add("--weights", default=os.environ.get(VARIABLE), help=f"file of {BACKBONE}'s weights (.safetensors or .pth)")
     add("--no-pretrained", action="store_true", help="a backbone with random weights, as a control")
     return parser
 
 
 def name_models(settings, parser, kind):
-    """Set the model's name in the options of each run; `kind`: pretrained, random or recorded."""
+    """Set the model's name in the options of each run; `kind`: pretrained, random or recorded.
+
+    Behind a --name comes the name of the features."""
     for options in settings:
         base = f"{NAME.replace('vit_tiny', 'ViT-Tiny')}-{options.features}-{kind}".removesuffix("-pretrained")
         options.model = common.model_name(options, parser, base, ["features", "no_pretrained"])
-        if options.name:  # which does not tell the features
+        if options.name:
             options.model += f"-{options.features}"
 
 
@@ -480,15 +487,15 @@ def main():
         record["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
         record |= {key: list(vit.pretrained_cfg[key]) for key in ("mean", "std")}
     exit_code = 0
-    if args.sanity_check:  # of each model once, in the first of its settings
+    if args.sanity_check:  # of each model once: of equal keys a dict keeps the last, reversed the first of its settings
         settings = {options.model: options for options in reversed(settings)}.values()
     for options in settings:
-        # Plain features serve all runs; the crops of views depend on the run's seed.
+        # Plain features serve all runs; the crops of views depend on the run's seed. (What is known is in the cache.)
         if features is None or args.views:
             features, seconds = extract_all(options, data, backbone, record, accelerator)
         choice = options.features
         # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
-        about = {"features": choice, "backbone": record, "seconds": round(seconds, 3)}
+        about = {"backbone": record, "seconds": round(seconds, 3)}
         try:
             if args.sanity_check:
                 exit_code = max(exit_code, sanity_check(options, data, features[choice], about, accelerator))
