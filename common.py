@@ -811,12 +811,12 @@ def log_epoch(writer, line, rates, losses, model):
 
 def check_model(own, config):
     """Raise UserError where the folder of a run's model holds runs of another model, or the run's `own` another run."""
-    for file in sorted(own.parent.glob("*/config.json")):
+    for file in own.parent.glob("*/config.json"):
         # Else it is in its first epoch, or was stopped there: nothing of it counts. So of two models that start at once
         # under one name neither sees the other; the next start does.
         if is_started(file.parent):
             earlier = read_json(file)
-            found = differences(earlier, identity(config))
+            found = differences(earlier, identity(config)) if "network" in earlier else ["of older scripts"]
             if file.parent == own:  # which may be a copy of another run's folder
                 found += differences(earlier, {key: config[key] for key in SETTING})
             if found:
@@ -841,10 +841,9 @@ class Run:
     """A run's folder: the checkpoint, the files that are made from it, and TensorBoard's events.
 
     Where there is a checkpoint, its states are loaded into `model`, `optimizer` and `others` (a scheduler of yours).
-    (check_folders has refused a folder that holds work, unless --resume was given.) All processes read, the main
-    process writes. A run with predictions has ended; it is complete if they are of today's images, as a test/ can come
-    later. Raises UserError where another process trains this run (on a disk that has locks), where the folder holds
-    runs of another model, and for a checkpoint that is damaged or does not fit."""
+    All processes read, the main process writes. A run with predictions has ended; it is complete if they are of
+    today's images, as a test/ can come later. Raises UserError where another process trains this run (on a disk that
+    has locks), where the folder holds runs of another model, and for a checkpoint that is damaged or does not fit."""
 
     def __init__(self, accelerator, config, model, optimizer, **others):
         self.accelerator, self.config = accelerator, config
@@ -897,14 +896,11 @@ class Run:
         return self.ended and load_tensors(self.predictions)[1] == self.config["data"]["sha256"]
 
     def begin(self):
-        """Begin the log where the checkpoint ends, delete what a kill left half-written, and write config.json.
-
-        That keeps the environments, with the scripts' hashes, of earlier starts."""
+        """Begin the log where the checkpoint ends, delete what a kill left half-written, and write config.json."""
         if not self.ended:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a start that was killed has logged from this step on, TensorBoard drops, at the latest when the next
-            # epoch is logged.
+            # What a killed start has logged from this step on, TensorBoard drops (or when the next epoch is logged).
             self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
         for file in self.path.glob(".*.tmp"):  # see atomic_write
             file.unlink()
@@ -977,9 +973,8 @@ class Run:
         if self.is_complete():
             self.accelerator.print(f"{self.path}: already complete")
             return False
-        # From the file, as the checkpoint of a run that has ended may be deleted.
-        self.accelerator.wait_for_everyone()  # until the main process has written it
-        self.model.load_state_dict(load_tensors(self.path / "model.safetensors")[0])
+        # From the file, where the checkpoint of a run that has ended was deleted.
+        self.model.load_state_dict(self.best or load_tensors(self.path / "model.safetensors")[0])
         return True
 
     def finish(self, logits, labels):

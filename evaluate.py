@@ -92,7 +92,6 @@ def read_run(folder):
     confidence, predicted = log_probs.exp().max(1)
 
     place = Path(os.path.abspath(folder)).parent  # a link's own name, not that of its target
-    model = place.name
     epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
     return {
         **best,
@@ -101,7 +100,7 @@ def read_run(folder):
         "identity": common.identity(config),
         "run": folder.as_posix(),
         "check": place / "sanity-check.json",
-        "model": model,
+        "model": place.name,
         "seconds": curve.seconds.sum(),
         "steps": curve.step.max(),
         "best_epoch": best["epoch"],
@@ -109,7 +108,7 @@ def read_run(folder):
         "images": len(labels),
         "classes": config["data"]["classes"],
         "when": epochs,
-        "title": f"{model}, {epochs}",
+        "title": f"{place.name}, {epochs}",
         "is_control": "'random'" in str(config["backbone"]),
         "augmentation": augmentation(config),
         "curve": curve,
@@ -268,9 +267,11 @@ def draw_lines(tables, colors):
     rows, columns = math.ceil(len(tables) / 2), min(2, len(tables))
     figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
     for place, (title, table) in enumerate(tables.items(), 1):
-        axes = figure.add_subplot(rows, columns, place)
-        color = [colors.get(name, "gray") for name in table]
-        table.plot(ax=axes, title=title, style=".-", color=color, grid=True)
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=table.index.name)
+        for name, values in table.items():
+            axes.plot(values.dropna(), ".-", color=colors.get(name, "gray"), label=shorten(name, 48))
+        axes.grid()
+        axes.legend()
     return figure
 
 
@@ -278,7 +279,7 @@ def draw_confusions(sides):
     """Draw the confusion matrices of the lowest seeds, three a row: shares of the images of a class."""
     classes = [shorten(name) for name in sides.classes.iloc[0]]
     runs = sides.drop_duplicates("title")
-    rows, side = math.ceil(len(runs) / 3), max(4, 0.2 * len(classes))
+    rows, side = math.ceil(len(runs) / 3), 3 + 0.2 * len(classes)
     figure = Figure(figsize=(3 * side, rows * side), layout="constrained")
     for place, run in enumerate(runs.itertuples(), 1):
         axes = figure.add_subplot(rows, 3, place)
@@ -295,7 +296,7 @@ def draw_confusions(sides):
             ax=axes,
             colorbar=False,
         )
-        axes.set_title(f"{shorten(run.title, 36)}\nseed {run.seed}")
+        axes.set_title(f"{shorten(run.title, 30)}\nseed {run.seed}")
         axes.label_outer()  # class names only at the left, and below the last matrix of each column
         axes.tick_params(labelbottom=place + 3 > len(runs))
     return figure
@@ -428,7 +429,7 @@ def summary_table(sides, models, profile):
                 "Input (px)": run.image_size,
                 # `runs` are the last: those of the most epochs.
                 "Training (s)": f"{runs.seconds.mean():,.1f}",
-                "Features (s)": f"{runs.feature_seconds.mean():,.1f}",
+                "Features (s)": f"{runs.feature_seconds.mean():,.1f}" if run.feature_seconds else "",
                 "A step": "; ".join(steps),
             }
         )
@@ -463,7 +464,8 @@ def summary_sentences(sides, rates, profile, hint, scripts):
         total = mean.seconds + mean.feature_seconds
         base = base or (mean.seconds, total)  # the first model's
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
-        time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
+        if mean.feature_seconds:
+            time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
         rows.append({"Generalisation (interval: validation less test)": words, "Time of the training": time})
         for of in measured(run, profile):
             costs = costs or of

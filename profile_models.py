@@ -38,13 +38,11 @@ TRACES = Path("profile")
 PROC = Path("/proc/self")  # what Linux tells a process of itself
 NOTES = [
     "Step time: median, and in brackets the 90th percentile, after a warm-up and without the profiler.",
-    "Waiting for data: share of a step until its batch is there. The loader is one batch ahead: a step waits while the "
-    "next batch is cropped and flipped.",
+    "Waiting for data: share of a step in which the next batch is cropped and flipped; the loader is one batch ahead.",
     "Before: memory held before the first step, by libraries, images and model.",
     "Device idle (on a GPU): share of the steps' time in which it computes and copies nothing.",
     "Cached features take their forward passes once, before the training: they are not in that row.",
-    "Traces, in profile/, hold the first steps of each epoch, with the spans data and Optimizer.step. Open them at "
-    "https://ui.perfetto.dev.",
+    "Traces, in profile/: the first steps of each epoch, with the spans data and Optimizer.step; see ui.perfetto.dev.",
 ]
 
 

@@ -444,8 +444,7 @@ def make_parser():
         nargs="+",
         default=["class"],
         metavar="NAME",
-        help="what the linear layer sees, a run each: class (the last class token), last (with the mean of the "
-        "last patch tokens), grid0 to grid11 (with the patch tokens after a block, averaged over a 3x3 grid) (class)",
+        help="a run each: class (token), last (with the mean patch token), grid0 to grid11 (3x3, of a block) (class)",
     )
     add("--views", type=common.number(int, 0), default=0, help="cropped and flipped views, an epoch each; 0: plain (0)")
     add("--weights", default=os.environ.get(VARIABLE), help=f"file of {BACKBONE}'s weights (.safetensors or .pth)")
@@ -488,7 +487,7 @@ def main():
         record |= {key: list(vit.pretrained_cfg[key]) for key in ("mean", "std")}
     exit_code = 0
     if args.sanity_check:  # of each model once: of equal keys a dict keeps the last, reversed the first of its settings
-        settings = {options.model: options for options in reversed(settings)}.values()
+        settings = reversed({options.model: options for options in reversed(settings)}.values())
     for options in settings:
         # Plain features serve all runs; the crops of views depend on the run's seed. (What is known is in the cache.)
         if features is None or args.views:

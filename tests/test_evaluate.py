@@ -418,7 +418,7 @@ def test_lines_are_means_over_the_seeds_in_one_colour_a_model(run_main):
     assert list(x) == [1, 2, 3, 4] and y == pytest.approx(np.mean([0.5, 0.6, 0.9]) - 0.01 * abs(3 - x))
     blocks = {line.get_label(): line for line in figures["which-layer.png"].axes[0].lines}
     x, y = blocks["ViT-Tiny-grid"].get_data()
-    assert list(x[:3]) == [3, 5, 8] and list(y[:3]) == pytest.approx([0.71, 0.81, 0.61])
+    assert list(x) == [3, 5, 8] and list(y) == pytest.approx([0.71, 0.81, 0.61])
     assert len(blocks) == 2
     assert blocks["ViT-Tiny-class"].get_color() == lines["ViT-Tiny-class"].get_color()
     assert len({line.get_color() for line in (*lines.values(), blocks["ViT-Tiny-grid"])}) == 4
