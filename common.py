@@ -499,8 +499,6 @@ def cli(main):
     except KeyboardInterrupt:
         complain("stopped; trainings go on with --resume")
         code = 130
-    except BrokenPipeError:  # `| head`
-        os._exit(1)  # at once: at its usual end Python would flush, and complain
     except OSError as error:
         code = complain(f"{error.filename or 'a file'}: {error.strerror or error}: check the path and the disk")
     if "WORLD_SIZE" in os.environ:
@@ -729,17 +727,16 @@ def optimizer_text(optimizer):
     return re.sub(r"\n *\w*lr: .*", "", repr(optimizer.optimizer))
 
 
-def make_config(accelerator, options, data, script, model, optimizer, backbone=None, seconds=0.0):
+def make_config(accelerator, options, data, script, model, optimizer, features="pixels", backbone=None, seconds=0.0):
     """Return what config.json says of a run: its options, what it trains, and where.
 
-    `model` and `optimizer`: as Accelerate prepared them. The last two are a probe's: the frozen ViT that its features
-    come from, a dict, and the seconds they took."""
+    `model` and `optimizer`: as Accelerate prepared them. The last three are a probe's: the name of its features, the
+    frozen ViT that they come from, a dict, and the seconds they took."""
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     names = {parameter: name for name, parameter in network.named_parameters()}
     frozen = backbone["parameters"] if backbone else 0
     scripts = {Path(file).name: sha256(Path(file).read_bytes()) for file in (script, __file__)}
     return {
-        "features": "pixels",  # of a CNN; a probe's are one of its options
         **vars(options),
         "image_size": data.image_size,
         "command": shlex.join(["python", Path(script).name, *sys.argv[1:]]),
@@ -752,6 +749,7 @@ def make_config(accelerator, options, data, script, model, optimizer, backbone=N
         ],
         "parameters": frozen + sum(parameter.numel() for parameter in names),
         "trained": sum(parameter.numel() for parameter in names if parameter.requires_grad),
+        "features": features,
         "backbone": backbone,
         "feature_seconds": seconds,
         "data": data.description,

@@ -595,8 +595,8 @@ def classes_section(sides, models):
         true, predicted = names[np.hstack(runs.labels)], names[np.hstack(runs.predicted)]
         f1[title] = f1_score(true, predicted, labels=names, average=None, zero_division=0)
         shares = pd.Series(predicted).groupby(true).value_counts(normalize=True)
-        wrong = shares[[one != other for one, other in shares.index]].nlargest(5)
-        confusions = (f"{one} as {other}: {share:.1%}" for (one, other), share in wrong.items())
+        wrong = shares[[a != b for a, b in shares.index]].nlargest(5)
+        confusions = (f"{a} as {b}: {share:.1%}" for (a, b), share in wrong.items())
         lines.append(f"{title}: {', '.join(confusions) or 'none'}")
     hardest = f1.loc[f1.mean(axis=1).nsmallest(6).index].map("{:.4f}".format)
     return f"{markdown_table(hardest.reset_index(names='Class'))}\n\n{bullets(lines)}"

@@ -494,7 +494,7 @@ def main():
             features, seconds = extract_all(options, data, backbone, record, accelerator)
         choice = options.features
         # features[choice][split] is a list of tensors, one for each view. What config.json says of them:
-        about = {"backbone": record, "seconds": round(seconds, 3)}
+        about = {"features": choice, "backbone": record, "seconds": round(seconds, 3)}
         try:
             if args.sanity_check:
                 exit_code = max(exit_code, sanity_check(options, data, features[choice], about, accelerator))
