@@ -992,7 +992,7 @@ def make_classifier(run, config, model, network):
     `network`: the model, with the backbone before it if it is a probe."""
     if repr(model) != config["network"]:
         raise UserError(
-            f"{run}: its network is not the one of this script: use the script as it was: {config['command']}"
+            f"{run}: its network is not this script's: load it by the script as it was: {config['command']}"
         )
     model.load_state_dict(load_tensors(Path(run) / "model.safetensors")[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

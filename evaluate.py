@@ -46,7 +46,6 @@ run model epochs lr schedule seed features parameters trained feature_seconds se
 val_accuracy val_macro_f1 val_loss split loss accuracy macro_f1 images"""  # of runs.csv
 
 RATES = "`--lr 2e-3 5e-3 1e-2 2e-2 --schedule cosine constant --resume` of both scripts, with each `--epochs`"
-MISTAKES = "Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names."
 FROZEN = """\
 {name} with {weights} weights (SHA-256 {sha256:.12}). Its {parameters:,} parameters are frozen, only a linear layer on \
 its features is trained. Images of 0 to 1 are normalised as in its own training (mean {mean}, standard deviation \
@@ -446,7 +445,7 @@ def summary_sentences(sides, rates, profile, hint, scripts):
         side = sides[sides.when == run.when]
         first = side.model.iloc[0]
         is_last = run.epochs == sides.epochs.max()
-        words = f"{run.model}{run.remark} {mean.accuracy:.2%}"
+        words = f"{run.model} {mean.accuracy:.2%} (best of {run.tried} tried{run.remark})"
         if run.model != first:
             words += f", {compare(side[side.model == first], runs)}"
             pairs = rates.loc[run.epochs, [first, run.model]].dropna()
@@ -459,19 +458,23 @@ def summary_sentences(sides, rates, profile, hint, scripts):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / sum(run.data["counts"]["val"]) + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        fall = f"test {test:.2%}, {fall}" if run.split == "test" else "there is no test/"
+        gap = f"{100 * (mean.train_accuracy - test):.2f} points less than in training; validation less test: {fall}"
+        fall = f"test {test:.2%}, {gap}" if run.split == "test" else "there is no test/"
         words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
         total = mean.seconds + mean.feature_seconds
         base = base or (mean.seconds, total)  # the first model's
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
         if mean.feature_seconds:
             time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
-        rows.append({"Generalisation (interval: validation less test)": words, "Time of the training": time})
+        rows.append({"Generalisation, each for itself": words, "Time of the training": time})
         for of in measured(run, profile):
             costs = costs or of
-            ratios = f"{of['step_ms'] / costs['step_ms']:,.2f} and {of['peak_mb'] / costs['peak_mb']:,.2f} times"
-            step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {of['peak_mb']:,.0f} MB"
-            rows.append({"Resources, a step": f"{step}, {ratios} the first of these"})
+            ratios = (
+                f"{of['step_ms'] / costs['step_ms']:,.2f} times the time and {of['peak_mb'] / costs['peak_mb']:,.2f}"
+            )
+            memory = f"{of['peak_mb']:,.0f} MB ({of['cells'].get('Before (MB)')} before it)"
+            step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {memory}"
+            rows.append({"Resources, a step": f"{step}: {ratios} times the memory of {costs['row']}"})
     clauses = pd.DataFrame(rows)
     lines = [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
     if costs is None:
@@ -651,7 +654,7 @@ Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rat
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
-{MISTAKES}
+Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names.
 
 {" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
@@ -665,8 +668,9 @@ def write_text(frame, sides, models, data, notes, out):
     """Return the report's sections but 7 and 8."""
     file = out / "profile.json"
     profile = common.read_json(file) if file.exists() else {"rows": []}
-    options = f" --batch-size {models.batch_size.iloc[0]} --out {shlex.quote(out.as_posix())}"
-    hint = command(frame, "profile_models.py", options)
+    hint = command(
+        frame, "profile_models.py", f" --batch-size {models.batch_size.iloc[0]} --out {shlex.quote(str(out))}"
+    )
     compared = frame[frame.title.isin(sides.title)]
     rates = compared.pivot_table("val_accuracy", ["epochs", "schedule", "lr"], "model")
     train_cnn = command(frame, "train_cnn.py")

@@ -182,7 +182,8 @@ def train(options, data, features, about, accelerator):
             val_logits = common.predict(accelerator, model, loaders["val"])
             # A dict of loss, accuracy and macro-F1; the loss is computed from logarithms of probabilities.
             val = common.scores(val_logits.log_softmax(1), data.labels["val"])
-            # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved.
+            # A scheduler of torch's steps here (`scheduler.step()` or `.step(val["loss"])`), before its state is saved;
+            # one that steps with each batch, as OneCycleLR does, in train_epoch, behind optimizer.step().
 
             # Logs to TensorBoard, weights and gradients too; keeps the weights if this is the best epoch so far by
             # validation accuracy (at a tie by loss); saves a checkpoint. To stop early, begin the loop with an `if ...:
