@@ -163,6 +163,10 @@ def test_a_finished_run_whose_checkpoint_was_removed_is_left_alone(whole, fresh)
     assert {path: path.read_bytes() for path in run.iterdir()} == files
     ended = forked.run(*whole.command, "--seed", "1", "--widths", "4", cwd=fresh)
     assert_user_error(ended, "runs/run", "network", "--name")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"network"', '"older"'))  # as older scripts wrote it
+    assert_user_error(resume(whole, fresh), "runs/run", "older scripts")
+    (run / "config.json").write_text(config)
     shutil.copytree(run, run.with_name(run.name.replace("s0", "s1")))  # of another run: not continued as this one
     assert_user_error(resume(whole, fresh, "--seed", "1"), "-s1", "seed")
 
