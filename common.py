@@ -848,15 +848,14 @@ class Run:
         self.path = run_folder(config)
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.objects = {"model": self.model, "optimizer": optimizer, **others}
-        self.history, self.best, self.step = [], None, 0  # step: the optimiser's, up to the last epoch
+        self.history, self.best = [], None
         self.predictions = self.path / "predictions.safetensors"
         self.lock = self.writer = None
         check_model(self.path, config)
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-        # All processes learn of it, or the others would wait for this one for ever. (The main process's value counts;
-        # the function takes a list, which it overwrites.)
+        # The main process's value, for all, or the others would wait for ever; the function overwrites this list.
         if broadcast_object_list([accelerator.is_main_process and not self.lock])[0]:
             raise UserError(f"{self.path}: is being trained: wait for it, or give --name")
         self.ended = self.predictions.exists()
@@ -887,7 +886,10 @@ class Run:
             except Exception as error:  # of the model, the optimiser, a scheduler: many kinds
                 raise UserError(f"{file}: of other objects ({brief(error)}): give --name") from None
             self.history, self.best = checkpoint["history"], checkpoint["best"]
-            self.step = self.history[-1]["step"]
+
+    def steps(self):
+        """Return the number of the optimiser's steps up to the last saved epoch."""
+        return self.history[-1]["step"] if self.history else 0
 
     def is_complete(self):
         """Return whether the predictions are there, of today's images: a test/ may have come, or gone."""
@@ -899,7 +901,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a killed start has logged from this step on, TensorBoard drops (or when the next epoch is logged).
-            self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
+            self.writer = SummaryWriter(self.path, purge_step=self.steps() + 1)
         for file in self.path.glob(".*.tmp"):  # see atomic_write
             file.unlink()
         if is_started(self.path):
@@ -909,8 +911,7 @@ class Run:
 
     def remaining_epochs(self):
         """Yield the numbers, from 0, of the epochs still to be trained, with the global random generators seeded."""
-        # For a network with dropout; order, crops and flips have generators of their own. Each process draws others.
-        # (NumPy, which is seeded too, takes seeds below 2^32.)
+        # For dropout; order, crops and flips have generators of their own. Each process draws others, from 32 bits.
         process = self.accelerator.process_index
         for epoch in range(len(self.history), 0 if self.ended else self.config["epochs"]):
             set_seed(key_seed(self.config["seed"], "epoch", epoch, process) % 2**32)
@@ -925,10 +926,9 @@ class Run:
         means = torch.stack([torch.stack(losses), torch.stack(accuracies)])
         losses, accuracies = self.accelerator.reduce(means, "mean").cpu()  # over the processes' shares
         epoch = len(self.history) + 1  # files and messages count from 1
-        self.step += len(steps)
         line = {
             "epoch": epoch,
-            "step": self.step,
+            "step": self.steps() + len(steps),
             "lr": rates[-1],
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),

@@ -458,23 +458,22 @@ def summary_sentences(sides, rates, profile, hint, scripts):
         val, test = mean.val_accuracy, mean.accuracy
         error = math.sqrt(val * (1 - val) / sum(run.data["counts"]["val"]) + test * (1 - test) / run.images)
         fall = in_words(val - test, error, "less on test by", "more on test by")
-        gap = f"{100 * (mean.train_accuracy - test):.2f} points less than in training; validation less test: {fall}"
-        fall = f"test {test:.2%}, {gap}" if run.split == "test" else "there is no test/"
-        words = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {fall}"
+        gaps = f"{100 * (mean.train_accuracy - test):.2f} points less than in training; validation less test: {fall}"
+        tested = f"test {test:.2%}, {gaps}" if run.split == "test" else "there is no test/"
+        scored = f"{run.model} training {mean.train_accuracy:.2%}, validation {val:.2%}, {tested}"
         total = mean.seconds + mean.feature_seconds
         base = base or (mean.seconds, total)  # the first model's
         time = f"{run.model} {mean.seconds:,.1f} s ({mean.seconds / base[0]:,.2f} times {first}'s)"
         if mean.feature_seconds:
             time += f", with its features {total:,.1f} s ({total / base[1]:,.2f} times)"
-        rows.append({"Generalisation, each for itself": words, "Time of the training": time})
+        rows.append({"Generalisation, each for itself": scored, "Time of the training": time})
         for of in measured(run, profile):
             costs = costs or of
-            ratios = (
-                f"{of['step_ms'] / costs['step_ms']:,.2f} times the time and {of['peak_mb'] / costs['peak_mb']:,.2f}"
-            )
             memory = f"{of['peak_mb']:,.0f} MB ({of['cells'].get('Before (MB)')} before it)"
             step = f"{run.model} ({of['row']}) {of['step_ms']:,.1f} ms and {memory}"
-            rows.append({"Resources, a step": f"{step}: {ratios} times the memory of {costs['row']}"})
+            slower = f"{of['step_ms'] / costs['step_ms']:,.2f} times the time"
+            larger = f"{of['peak_mb'] / costs['peak_mb']:,.2f} times the memory"
+            rows.append({"Resources, a step": f"{step}: {slower} and {larger} of {costs['row']}"})
     clauses = pd.DataFrame(rows)
     lines = [f"**{question}**: {'; '.join(clauses[question].dropna())}." for question in clauses]
     if costs is None:
@@ -629,7 +628,7 @@ def open_images(run):
         common.complain(f"no pictures of images: {error}")
 
 
-def comparison_section(frame, sides, models, data, rates, notes):
+def comparison_section(frame, sides, models, rates, notes):
     """Return sections 5 and 6; `rates`: validation accuracies by number of epochs, schedule and rate."""
     return f"""\
 ## 5 Comparison
@@ -654,7 +653,7 @@ Validation accuracy (%), means over the seeds, {min(16, len(rates))} of {len(rat
 {markdown_table((100 * rates).map("{:.2f}".format).replace("nan", "").reset_index().head(16))}
 
 ### Mistakes
-Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names.
+Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), with file names if the images are there.
 
 {" ".join(f"![{run.title}: most confident mistakes](mistakes-{run.place + 1}.png)" for run in models.itertuples())}
 
@@ -664,7 +663,7 @@ Those of the lowest seed, after the most epochs: [mistakes.csv](mistakes.csv), w
 {f"- and {len(notes) - 3} more, on stderr" if len(notes) > 3 else ""}"""
 
 
-def write_text(frame, sides, models, data, notes, out):
+def write_text(frame, sides, models, notes, out):
     """Return the report's sections but 7 and 8."""
     file = out / "profile.json"
     profile = common.read_json(file) if file.exists() else {"rows": []}
@@ -713,7 +712,7 @@ The network normalises images of 0 to 1 by mean and standard deviation of each c
 ## 4 Profile
 {profile_section(models, profile, hint)}
 
-{comparison_section(frame, sides, models, data, rates, notes)}"""
+{comparison_section(frame, sides, models, rates, notes)}"""
 
 
 def main():
@@ -735,7 +734,7 @@ def main():
     data = open_images(models.iloc[0])
     mistakes = find_mistakes(models, data)
     mistakes.to_csv(args.out / "mistakes.csv", index=False)
-    text = write_text(frame, sides, models, data, notes + left_out, args.out)
+    text = write_text(frame, sides, models, notes + left_out, args.out)
     file = args.out / "report.md"
     old = file.read_text("utf-8") if file.exists() else ""
     answers = re.search(r"^## 6 .*?^(#.*?)(?=^## [68] |\Z)", f"{old}\n## 6 \n{ANSWERS}", re.M | re.S)[1]

@@ -212,9 +212,9 @@ def sanity_check(options, data, accelerator):
 def load_classifier(run):
     """Return the trained CNN of a run folder as a function: `classify = load_classifier("runs/CNN/...")`.
 
-    `classify(images)` takes file names, a folder or PIL images, and gives for each image a dict from
-    class name to probability, the most probable first. Raises UserError for a folder of another network, and for files
-    that are no images."""
+    `classify(images)` takes file names, a folder or PIL images, and gives for each image a dict from class name to
+    probability, the most probable first. Raises UserError for a folder of another network, and for files that are no
+    images."""
     config = common.read_json(Path(run) / "config.json")
     if config["backbone"]:
         raise UserError(f"{run}: is a probe: use train_vit_probe.load_classifier")

@@ -419,9 +419,9 @@ def recorded_features(data, choices):
 def load_classifier(run, weights=None):
     """Return the trained probe of a run folder: `classify = load_classifier("runs/ViT-Tiny-class/...")`.
 
-    `classify(images)` takes file names, a folder or PIL images, and gives for each image a dict from
-    class name to probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError
-    for a folder of another model, other weights, and files that are no images."""
+    `classify(images)` takes file names, a folder or PIL images, and gives for each image a dict from class name to
+    probability, the most probable first. `weights`: the backbone's file, as --weights. Raises UserError for a folder of
+    another model, other weights, and files that are no images."""
     config = common.read_json(Path(run) / "config.json")
     record = config["backbone"]
     if not record:
@@ -487,8 +487,11 @@ def main():
         record["parameters"] = sum(parameter.numel() for parameter in backbone.parameters())
         record |= {key: list(vit.pretrained_cfg[key]) for key in ("mean", "std")}
     exit_code = 0
-    if args.sanity_check:  # of each model once: of equal keys a dict keeps the last, reversed the first of its settings
-        settings = reversed({options.model: options for options in reversed(settings)}.values())
+    if args.sanity_check:  # of each model once, in the first of its settings
+        first = {}
+        for options in settings:
+            first.setdefault(options.model, options)
+        settings = first.values()
     for options in settings:
         # Plain features serve all runs; the crops of views depend on the run's seed. (What is known is in the cache.)
         if features is None or args.views:
